@@ -1,0 +1,274 @@
+"""Filling the activation cache: one forward pass for all layers that a request misses, and nothing twice."""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int32
+from pydantic import ByteSize
+from safetensors.torch import save
+from torch import Tensor
+
+from qkmodel.activations import (
+    DTYPES,
+    MANIFEST,
+    SHARD_SEQUENCES,
+    SPLITS,
+    TENSOR_NAME,
+    TOKENS,
+    ActivationCache,
+    CacheKey,
+    Manifest,
+    MissingShard,
+    Shard,
+    Split,
+    cache_bytes,
+    layer_part,
+    map_shard,
+    read_manifest,
+    shard_path,
+    shard_sizes,
+)
+from qkmodel.corpus import TokenisedCorpus
+from qkmodel.errors import InputError
+from qkmodel.files import PARTIAL_SUFFIX, write_atomically
+
+if TYPE_CHECKING:
+    from qkmodel.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+# sequences that go through the model together
+_FORWARD_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far the model's forward passes have come. `seconds` counts from the first of them."""
+
+    tokens_done: int
+    tokens_total: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_done / self.seconds
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.tokens_total - self.tokens_done) / self.tokens_per_second
+
+
+def build_activation_cache(
+    root: Path,
+    key: CacheKey,
+    *,
+    layers: Sequence[int],
+    train_sequences: int,
+    validation_sequences: int,
+    max_bytes: int,
+    model_loader: "Callable[[], LanguageModel]",
+    corpus_loader: Callable[[int, int], TokenisedCorpus],
+    progress: Callable[[BuildProgress], None] | None = None,
+) -> ActivationCache:
+    """Make sure that the cache of `key` below `root` holds these sequences of these layers, and open it.
+
+    What is there is verified by checksum (about 1 s per 1.3 GB and core) and kept, whichever request or
+    interrupted build it comes from; what is damaged or missing is built. `corpus_loader(train, validation)`
+    returns that many sequences, or all when the corpus has fewer; it is called only for missing tokens, and
+    `model_loader` only for missing activations. A second process that wants the same cache waits.
+
+    Raises InputError when layers and sequences need more than `max_bytes` or the free disk space, when the
+    corpus no longer gives the tokens that are cached, when the model's activations are not finite, and for
+    a cache of an unknown version.
+    """
+    layers = sorted(set(layers))
+    parts = [layer_part(layer) for layer in layers]
+    wanted: dict[Split, int] = {"train": train_sequences, "validation": validation_sequences}
+    root.mkdir(parents=True, exist_ok=True)
+    with _exclusive(root / f"{key.folder_name}.lock"):
+        build = _Build(root / key.folder_name, key, wanted)
+        build.drop_damaged([TOKENS, *parts])
+        corpus = None
+        if build.missing([TOKENS]):
+            corpus = corpus_loader(*(sum(shard_sizes(wanted[split], None)) for split in SPLITS))
+            build.learn_available(corpus)
+        if build.missing([TOKENS, *parts]):
+            build.check_space(layers, max_bytes)
+        if corpus is not None:
+            build.add_tokens(corpus)
+        if build.missing(parts):
+            build.add_activations(model_loader(), layers, progress)
+    return ActivationCache.open(build.folder)
+
+
+def refuse_beyond(max_bytes: int, key: CacheKey, layers: Sequence[int], sequences: int) -> None:
+    """Raises InputError when so many sequences at `layers` take more than `max_bytes`."""
+    size = cache_bytes(key, layers, sequences)
+    if size > max_bytes:
+        raise InputError(
+            f"activations.max_bytes: {sequences} sequences of {key.context} tokens at {len(layers)} layers need "
+            f"{_readable(size)}, more than {_readable(max_bytes)}; raise it, or ask for fewer tokens or layers"
+        )
+
+
+class _Build:
+    """A cache under construction, by the one process that holds its lock."""
+
+    def __init__(self, folder: Path, key: CacheKey, wanted: dict[Split, int]):
+        self.folder = folder
+        self._wanted = wanted
+        self._manifest = read_manifest(folder) or Manifest.empty(key)
+        if self._manifest.key != key:
+            raise InputError(f"{folder}: holds another cache than its name says; remove the folder to build it anew")
+        for part in (folder, folder / TOKENS, *folder.glob("L*")):
+            for partial in part.glob(f".*{PARTIAL_SUFFIX}"):
+                partial.unlink()
+
+    def missing(self, parts: list[str]) -> list[MissingShard]:
+        return self._manifest.missing(parts, self._wanted)
+
+    def drop_damaged(self, parts: list[str]) -> None:
+        """Forget those needed shards whose bytes are not what the manifest says."""
+        needed = {
+            shard_path(part, split, index)
+            for split in SPLITS
+            for index in range(len(self._manifest.needed(split, self._wanted[split])))
+            for part in parts
+        }
+        paths = sorted(needed & self._manifest.shards.keys())
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
+            intact = threads.map(self._is_intact, paths)
+            damaged = {path for path, is_intact in zip(paths, intact, strict=True) if not is_intact}
+        for path in sorted(damaged):
+            logger.warning("%s is damaged or gone and will be rebuilt", self.folder / path)
+        kept = {path: shard for path, shard in self._manifest.shards.items() if path not in damaged}
+        self._manifest = self._manifest.model_copy(update={"shards": kept})
+
+    def learn_available(self, corpus: TokenisedCorpus) -> None:
+        """Take over what reading the corpus has told about its length."""
+        counts = {"train": corpus.train_sequences_available, "validation": corpus.validation_sequences_available}
+        known = {split: count for split, count in counts.items() if count is not None}
+        self._manifest = self._manifest.model_copy(update={"available": self._manifest.available | known})
+
+    def check_space(self, layers: list[int], max_bytes: int) -> None:
+        """Refuse before anything is written. Raises InputError."""
+        key = self._manifest.key
+        sequences = sum(sum(self._manifest.needed(split, self._wanted[split])) for split in SPLITS)
+        refuse_beyond(max_bytes, key, layers, sequences)
+        missing = self.missing([TOKENS, *map(layer_part, layers)])
+        new = sum(shard.bytes(key) for shard in missing)
+        free = shutil.disk_usage(self.folder.parent).free
+        if new > free:
+            raise InputError(
+                f"{self.folder.parent}: the activation cache needs {_readable(new)} more and {_readable(free)} are "
+                "free; make room, set storage to another disk, or ask for fewer tokens or layers"
+            )
+
+    def add_tokens(self, corpus: TokenisedCorpus) -> None:
+        """Write the token shards that are missing, after a look at those that are not. Raises InputError."""
+        sequences = {"train": corpus.train, "validation": corpus.validation}
+        written = {}
+        for split in SPLITS:
+            for index, size in enumerate(self._manifest.needed(split, self._wanted[split])):
+                path = shard_path(TOKENS, split, index)
+                tokens = sequences[split][index * SHARD_SEQUENCES :][:size]
+                if path not in self._manifest.shards:
+                    written[path] = self._write(path, tokens)
+                elif not torch.equal(map_shard(self.folder / path), tokens):
+                    raise InputError(
+                        f"{self.folder}: the corpus no longer gives the tokens that are cached in {path}; if its new "
+                        "text is what you want, remove the folder to build it anew"
+                    )
+        self._record(written)
+
+    def add_activations(
+        self,
+        model: "LanguageModel",
+        layers: list[int],
+        progress: Callable[[BuildProgress], None] | None,
+    ) -> None:
+        """Run the model over every shard that lacks a layer; a kill loses the shard it was at. Raises InputError."""
+        missing = self.missing([layer_part(layer) for layer in layers])
+        tokens_total = self._manifest.key.context * sum(shard.sequences for shard in missing)
+        tokens_done = 0
+        start = time.monotonic()
+
+        def report(tokens: int) -> None:
+            nonlocal tokens_done
+            tokens_done += tokens
+            if progress is not None:
+                progress(BuildProgress(tokens_done, tokens_total, time.monotonic() - start))
+
+        for shard in missing:
+            lacking = [layer for layer in layers if layer_part(layer) in shard.parts]
+            tokens = map_shard(self.folder / shard_path(TOKENS, shard.split, shard.index))
+            activations = _attention_inputs(model, tokens, lacking, DTYPES[self._manifest.key.dtype], report)
+            paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}
+            self._record({paths[layer]: self._write(paths[layer], activations[layer]) for layer in lacking})
+
+    def _is_intact(self, path: str) -> bool:
+        try:
+            with (self.folder / path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == self._manifest.shards[path].sha256
+        except OSError:
+            return False
+
+    def _write(self, path: str, tensor: Tensor) -> Shard:
+        data = save({TENSOR_NAME: tensor.contiguous()})
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, data)
+        return Shard(sequences=len(tensor), sha256=hashlib.sha256(data).hexdigest())
+
+    def _record(self, written: dict[str, Shard]) -> None:
+        """Make shards exist: from here on a reader and the next build count on them."""
+        shards = dict(sorted((self._manifest.shards | written).items()))
+        self._manifest = self._manifest.model_copy(update={"shards": shards})
+        write_atomically(self.folder / MANIFEST, self._manifest.model_dump_json(indent=1).encode())
+
+
+def _attention_inputs(
+    model: "LanguageModel",
+    tokens: Int32[Tensor, "sequence context"],
+    layers: list[int],
+    dtype: torch.dtype,
+    report: Callable[[int], None],
+) -> dict[int, Float[Tensor, "sequence context d_model"]]:
+    """One shard's activations at `layers`, by batches that start at the same sequences whatever is missing."""
+    batches: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for batch in tokens.split(_FORWARD_SEQUENCES):
+        with torch.no_grad():
+            inputs = model.attention_inputs(batch.long(), layers)
+        for layer in layers:
+            activations = inputs[layer].to("cpu", dtype)
+            if not activations.isfinite().all():
+                raise InputError(f"model: layer {layer} receives NaN or infinity on this corpus; no cache can be built")
+            batches[layer].append(activations)
+        report(batch.numel())
+    return {layer: torch.cat(batches[layer]) for layer in layers}
+
+
+@contextlib.contextmanager
+def _exclusive(lock: Path) -> Iterator[None]:
+    """Hold `lock` against other processes; the kernel lets go of it when this one dies."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("waiting for another process that is building %s", lock.with_suffix(""))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _readable(size: int) -> str:
+    return ByteSize(size).human_readable(decimal=True, separator=" ")

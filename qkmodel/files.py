@@ -1,0 +1,45 @@
+"""Files that are either whole or absent, whatever kills the process that writes them."""
+
+import os
+import uuid
+from pathlib import Path
+
+from qkmodel.errors import InputError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def user_path(key: str, name: str) -> Path:
+    """The path that a person wrote under `key`, `~` expanded. Raises InputError when it can be none."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{key}: {name[:80]} is not a usable path ({error})") from error
+    return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader finds the old content or the new, never a part.
+
+    A process that dies halfway leaves a hidden file beside `path` whose name ends in PARTIAL_SUFFIX.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,146 @@
+"""A language model behind transformer_lens' TransformerBridge, and the four things read from it."""
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qkmodel.configs import ModelConfig
+from qkmodel.errors import InputError
+from qkmodel.model_description import ModelDescription, describe_model, model_folder
+
+__all__ = ["LanguageModel", "ModelDescription", "describe_model", "load_language_model"]
+
+
+class LanguageModel:
+    """A frozen float32 model with eager attention, its tokenizer and its description.
+
+    The tokenizer is as its files say: whether it adds special tokens by itself differs between families, so
+    ask for `add_special_tokens=False`.
+    """
+
+    def __init__(
+        self, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: ModelDescription
+    ) -> None:
+        """Wraps `hf_model` in place.
+
+        Raises:
+            InputError: transformer_lens has no adapter for the model's architecture.
+        """
+        self.description = description
+        self.tokenizer = tokenizer
+        self.architecture = type(hf_model).__name__
+        try:
+            # without its tokenizer, which the bridge would otherwise reload and make add BOS
+            self.bridge: TransformerBridge = build_bridge_from_module(
+                hf_model.eval().requires_grad_(False),
+                self.architecture,
+                hf_config=hf_model.config,
+                model_name=description.name,
+            )
+        except ValueError as error:
+            raise InputError(
+                f"model.name {description.name}: transformer_lens does not support {self.architecture} ({_line(error)})"
+            ) from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are and tokens are moved to."""
+        return next(self.bridge.original_model.parameters()).device
+
+    @torch.no_grad()
+    def capture(self, tokens: Int[Tensor, "batch context"], names: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors at the bridge's hooks `names`, given in the order in which the forward pass reaches them.
+
+        The forward pass ends at the last of them.
+        """
+        captured: dict[str, Tensor] = {}
+
+        def keep(tensor: Tensor, hook: object) -> None:
+            captured[hook.name] = tensor.clone()
+            if hook.name == names[-1]:
+                raise StopAtLayerException(tensor)
+
+        self.bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=[(name, keep) for name in names], use_cache=False)
+        return captured
+
+    def attention_inputs(
+        self, tokens: Int[Tensor, "batch context"], layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "batch context d_model"]]:
+        """For each of `layers` the tensor that its query and key projections receive: the normed residual stream.
+
+        One forward pass, which ends where the deepest of `layers` has received it.
+        """
+        names = {f"blocks.{layer}.attn.hook_in": layer for layer in sorted(layers)}
+        return {names[name]: x for name, x in self.capture(tokens, list(names)).items()}
+
+    def attention_pattern(
+        self, tokens: Int[Tensor, "batch context"], layer: int
+    ) -> Float[Tensor, "batch n_heads context context"]:
+        """The model's own attention pattern of `layer`, in one forward pass up to there."""
+        name = f"blocks.{layer}.attn.hook_pattern"
+        return self.capture(tokens, [name])[name]
+
+    @torch.no_grad()
+    def cross_entropy(
+        self,
+        tokens: Int[Tensor, "batch context"],
+        layer: int | None = None,
+        pattern: Float[Tensor, "batch n_heads context context"] | None = None,
+    ) -> tuple[float, int]:
+        """Next-token cross-entropy in nats, summed, and the number of predicted tokens, batch · (context − 1).
+
+        With `pattern`, `layer` attends by it instead of by its own.
+        """
+        hooks = [] if pattern is None else [(f"blocks.{layer}.attn.hook_pattern", lambda own, hook: pattern)]
+        tokens = tokens.to(self.device)
+        logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, use_cache=False)
+        # one sequence at a time: log-probabilities of a whole batch would be as large as the logits again
+        total = sum(
+            torch.nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item()
+            for row, target in zip(logits, tokens, strict=True)
+        )
+        return total, tokens[:, 1:].numel()
+
+
+def load_language_model(config: ModelConfig, device: str = "cpu") -> LanguageModel:
+    """Load weights and tokenizer of the model that `config` names.
+
+    The first load of a bundled model converts it, once per machine (about ten seconds).
+
+    Raises:
+        InputError: as `describe_model`, or the weights cannot be loaded as `config` allows.
+    """
+    description = describe_model(config)
+    folder = model_folder(config)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        hf_model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=config.safetensors_only or None,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"model.name {config.name}: {folder} cannot be loaded ({_line(error)})") from error
+    # transformers fills what it misses with random numbers
+    if loading["missing_keys"]:
+        raise InputError(f"model.name {config.name}: {folder} lacks the weights {sorted(loading['missing_keys'])[0]}")
+    return LanguageModel(hf_model.to(device), tokenizer, description)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,162 @@
+"""A packed training equals the same training alone, and a continued one the uninterrupted, bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkmodel.configs import TrainingConfig
+from qkmodel.data_order import batch_sequences, sequences_per_epoch
+from qkmodel.errors import InputError
+from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.pack import PackTrainer, checkpoint_steps, learning_rate_factor, load_checkpoint, save_checkpoint
+from qkmodel.pattern_kl import reference_pattern_kl
+from qkmodel.sparsity import SQRT_EPSILON
+from tests.qkmodel.world import SmallWorld
+
+MEMBERS = [
+    Hyperparameters(dictionary_size=24, activation="topk", k=3, learning_rate=1e-2),
+    Hyperparameters(dictionary_size=40, activation="relu", penalty="l1", sparsity_coefficient=1e-3, learning_rate=3e-3),
+    Hyperparameters(
+        dictionary_size=24, activation="relu", penalty="sqrt", sparsity_coefficient=1e-2, learning_rate=1e-3, seed=7
+    ),
+]
+
+
+def trainer(world: SmallWorld, members: list[Hyperparameters], training: TrainingConfig | None = None) -> PackTrainer:
+    return PackTrainer(members, world.layer, world.cache, world.reference, training or world.training, seed=5)
+
+
+def assert_same_state(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("index", range(len(MEMBERS)))
+def test_packed_equals_alone(world: SmallWorld, index: int) -> None:
+    pack, alone = trainer(world, MEMBERS), trainer(world, [MEMBERS[index]])
+    pack.train(10)
+    alone.train(10)
+    assert_same_state(pack.members[index].state_tensors(), alone.members[0].state_tensors())
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_continued_equals_uninterrupted(world: SmallWorld, tmp_path, schedule: str) -> None:
+    training = world.training.model_copy(update={"learning_rate_schedule": schedule, "tokens": 20 * 4 * 12})
+    whole = trainer(world, MEMBERS, training)
+    whole.train(100)
+    assert whole.finished and whole.steps_done == 20
+    first = trainer(world, MEMBERS, training)
+    first.train(13)
+    for index, member in enumerate(first.members):
+        save_checkpoint(member, tmp_path / f"{index}.safetensors", f"id{index}", first.steps_done)
+    # continued in another pack, in another order
+    second = trainer(world, MEMBERS[::-1], training)
+    for index, member in enumerate(reversed(second.members)):
+        second.steps_done = load_checkpoint(member, tmp_path / f"{index}.safetensors", f"id{index}")
+    second.train(100)
+    for ours, theirs in zip(reversed(second.members), whole.members, strict=True):
+        assert_same_state(ours.state_tensors(), theirs.state_tensors())
+
+
+@pytest.mark.parametrize("hyperparameters", MEMBERS, ids=lambda one: f"{one.activation}-{one.penalty}")
+def test_a_step_is_adam_on_the_stated_loss(world: SmallWorld, hyperparameters: Hyperparameters) -> None:
+    """Three steps against plain autograd and a plain Adam in float64."""
+    pack = trainer(world, [hyperparameters])
+    plain = trainer(world, [hyperparameters])
+    layer = world.layer
+    model, exact = plain.members[0].transcoder.double(), layer.double()
+    try:
+        optimiser = torch.optim.Adam(model.parameters(), lr=hyperparameters.learning_rate, foreach=False)
+        for step in range(3):
+            numbers = batch_sequences(step, 4, 192, 5)
+            x = world.cache.read(1, "train", numbers).double()
+            q, k = exact.project(x)
+            f_q, f_k = model.query.encode(x), model.key.encode(x)
+            q_hat = model.query.decode(f_q).unflatten(-1, (-1, layer.geometry.d_head))
+            k_hat = model.key.decode(f_k).unflatten(-1, (-1, layer.geometry.d_head))
+            loss = reference_pattern_kl(q_hat, k_hat, q, k, exact).total
+            for f, side in ((f_q, model.query), (f_k, model.key)):
+                a = f * side.W_dec.norm(dim=-1)
+                if hyperparameters.penalty == "l1":
+                    loss = loss + hyperparameters.sparsity_coefficient * a.sum() / x[..., 0].numel()
+                elif hyperparameters.penalty == "sqrt":
+                    omega = ((a + SQRT_EPSILON).sqrt() - SQRT_EPSILON**0.5).sum() / x[..., 0].numel()
+                    loss = loss + hyperparameters.sparsity_coefficient * omega
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    finally:
+        layer.float()
+    pack.train(3)
+    for name, parameter in pack.members[0].transcoder.named_parameters():
+        expected = dict(model.named_parameters())[name]
+        # Adam's first steps divide a gradient by its own size: float32 noise in tiny gradients shows
+        moved = 3 * hyperparameters.learning_rate
+        close = (parameter.double() - expected).abs() <= 0.02 * moved
+        assert close.double().mean() > 0.99, name
+
+
+def test_loss_means_are_read_once(world: SmallWorld) -> None:
+    pack = trainer(world, MEMBERS[:1])
+    pack.train(4)
+    means = pack.members[0].losses.take_means()
+    assert means.keys() == {"loss", "train_kl"} and means["loss"] >= means["train_kl"] > 0
+    assert pack.members[0].losses.take_means() == {}
+
+
+def test_training_lowers_the_loss(world: SmallWorld) -> None:
+    pack = trainer(world, MEMBERS)
+    pack.train(4)
+    first = [member.losses.take_means()["train_kl"] for member in pack.members]
+    pack.train(36)
+    [member.losses.take_means() for member in pack.members]
+    pack.train(8)
+    last = [member.losses.take_means()["train_kl"] for member in pack.members]
+    assert all(after < before for before, after in zip(first, last, strict=True))
+
+
+def test_a_foreign_or_damaged_checkpoint_is_refused(world: SmallWorld, tmp_path) -> None:
+    pack = trainer(world, MEMBERS[:2])
+    pack.train(1)
+    path = tmp_path / "one.safetensors"
+    save_checkpoint(pack.members[0], path, "mine", 1)
+    assert checkpoint_steps(path, "mine") == 1
+    with pytest.raises(InputError, match="not a checkpoint of training other"):
+        load_checkpoint(pack.members[0], path, "other")
+    with pytest.raises(InputError, match="does not fit"):
+        load_checkpoint(pack.members[1], path, "mine")
+    content = path.read_bytes()
+    for damaged in (content[:-100], content[:-1] + bytes([content[-1] ^ 1]), b"", b"nonsense"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"one\.safetensors: (cannot be read|damaged)"):
+            checkpoint_steps(path, "mine")
+
+
+@given(size=st.integers(1, 9), available=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), epochs=st.integers(1, 4))
+def test_every_epoch_visits_every_sequence_once(size: int, available: int, seed: int, epochs: int) -> None:
+    steps = -(-epochs * available // size)
+    order = np.concatenate([batch_sequences(step, size, available, seed) for step in range(steps)])
+    assert order[:available].tolist() == list(range(min(available, len(order))))
+    for epoch in range(epochs):
+        visited = order[epoch * available : (epoch + 1) * available]
+        assert sorted(visited) == list(range(available))
+
+
+def test_later_epochs_are_reshuffled_differently() -> None:
+    order = [batch_sequences(epoch, 50, 50, 3).tolist() for epoch in range(3)]
+    assert order[0] != order[1] != order[2] and order[0] != order[2]
+
+
+def test_an_epoch_is_what_the_training_wants_or_the_corpus_has() -> None:
+    training = TrainingConfig(tokens=1000, batch_sequences=3)
+    assert sequences_per_epoch(training, 10, None) == 102
+    assert sequences_per_epoch(training, 10, 500) == 102
+    assert sequences_per_epoch(training, 10, 70) == 70
+
+
+def test_learning_rate_schedules() -> None:
+    assert learning_rate_factor("constant", 99, 100) == 1
+    assert [learning_rate_factor("linear", done, 100) for done in (0, 50, 75, 100)] == [1, 1, 0.5, 0]
