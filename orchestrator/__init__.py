@@ -1,0 +1,1 @@
+"""Sweep orchestration: plans, schedules, records, shows, chooses."""

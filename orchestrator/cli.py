@@ -1,0 +1,222 @@
+"""`orchestrate …`: parse, call, print."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from orchestrator.addresses import HIDDEN, redact_url
+from orchestrator.config import SweepConfig, load_sweep
+from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.status import fronts_record, status_record, study_statuses
+from orchestrator.tables import front_table, state_table
+from qkmodel.errors import InputError
+from qkmodel.files import user_path
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train query/key transcoders over layers, sizes and sparsities, and see which explain the attention pattern.",
+)
+# into a file or a pipe, lines are as long as they need to be
+console = Console(width=None if sys.stdout.isatty() else 120)
+messages = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+
+SweepArgument = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A sweep's folder, its sweep file, or its name below runs/.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, for example sweeps/l1.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example layers=[3] training.tokens=1_000_000."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done and how long it would take; train nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start or continue a sweep: train what FILE asks for and is not there yet, then show the fronts."""
+    config = load_sweep(file, overrides or [])
+    if dry_run:
+        with _naming(file):
+            _print_plan(config, as_json)
+        return
+    _run(config, file, as_json)
+
+
+@app.command()
+def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
+    """How far a sweep is: trainings by state, tokens done and planned, failures and their reasons."""
+    ledger = _open_ledger(sweep)
+    record = status_record(ledger)
+    if as_json:
+        _print_json(record)
+        return
+    console.print(f"[bold]sweep {record['sweep']}[/bold] in {record['folder']}")
+    console.print(state_table(study_statuses(ledger)))
+    for failure in record["failures"]:
+        console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
+
+
+@app.command()
+def fronts(sweep: SweepArgument, as_json: JsonOption = False) -> None:
+    """The Pareto front of each layer: lowest KL for each sparsity, with the dictionary of each point."""
+    ledger = _open_ledger(sweep)
+    if as_json:
+        _print_json(fronts_record(ledger))
+    else:
+        _print_fronts(ledger)
+
+
+@app.command()
+def ui(
+    sweep: Annotated[
+        str | None, typer.Argument(metavar="[SWEEP]", help="A sweep; left out: the store of all sweeps in runs/.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
+) -> None:
+    """Open the MLflow UI on a sweep's tracking store; Ctrl-C closes it."""
+    from orchestrator.mlflow_ui import ui_command
+
+    address = _tracking_address(sweep)
+    if address.startswith("http"):
+        messages.print(
+            f"this sweep is tracked by the MLflow server at {redact_url(address)}", markup=False, soft_wrap=True
+        )
+        return
+    messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
+    command = ui_command(address, port)
+    os.execve(command[0], command, os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+def main() -> None:
+    """Entry point: input errors become one line and exit code 2."""
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        messages.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        # a full disk, a folder that went away: the same command continues once that is mended
+        messages.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
+    from orchestrator.plan import make_plan
+
+    # planned before the seconds that ray and mlflow take to import: most mistakes show here
+    with _naming(file):
+        plan = make_plan(config)
+    from orchestrator.sweep import run_sweep
+    from orchestrator.terminal import LogView, TerminalView
+
+    try:
+        with _naming(file), (TerminalView if messages.is_terminal else LogView)(messages) as view:
+            outcome = run_sweep(plan, view)
+    except KeyboardInterrupt:
+        messages.print("interrupted; the same command continues where it was")
+        sys.exit(130)
+    if outcome.trained == 0 and outcome.failed == 0:
+        messages.print(f"nothing left to do: sweep {config.name} has everything that {file} asks for")
+    if as_json:
+        _print_json(fronts_record(outcome.ledger))
+    else:
+        _print_fronts(outcome.ledger)
+    if outcome.tracking_error is not None:
+        messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
+    messages.print(f"compare the trainings in the MLflow UI: orchestrate ui {outcome.ledger.folder}", soft_wrap=True)
+    if outcome.failed:
+        messages.print(f"{outcome.failed} trainings failed: orchestrate status {outcome.ledger.folder}")
+        sys.exit(1)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Puts the sweep file's name before what is found wrong with its values."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _print_plan(config: SweepConfig, as_json: bool) -> None:
+    from orchestrator.estimate import estimate
+    from orchestrator.plan import make_plan
+    from orchestrator.plan_tables import estimate_lines, estimate_record, plan_table
+
+    plan = make_plan(config)
+    estimated = estimate(plan)
+    if as_json:
+        _print_json(estimate_record(plan, estimated))
+        return
+    console.print(plan_table(plan))
+    for line in estimate_lines(plan, estimated):
+        console.print(line, highlight=False)
+
+
+def _print_fronts(ledger: Ledger) -> None:
+    for status in study_statuses(ledger):
+        console.print(front_table(status))
+
+
+def _print_json(record: object) -> None:
+    sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _open_ledger(sweep: str) -> Ledger:
+    return Ledger.open_existing(_sweep_folder(sweep) / LEDGER_FILE)
+
+
+def _sweep_folder(sweep: str) -> Path:
+    """The folder that a folder, a sweep file or a name stands for."""
+    path = user_path("SWEEP", sweep).absolute()
+    if path.is_file():
+        config = load_sweep(path)
+        return Path(config.storage).expanduser().absolute() / config.name
+    if path.is_dir():
+        return path
+    default = Path("runs") / sweep
+    if default.is_dir():
+        return default
+    raise InputError(f"{sweep}: no sweep of that name; give a sweep's folder, its sweep file, or a name below runs/")
+
+
+def _tracking_address(sweep: str | None) -> str:
+    """Where MLflow keeps a sweep's runs, or those of every sweep in runs/."""
+    from orchestrator.tracking import tracking_address
+
+    if sweep is not None and Path(sweep).is_file():
+        config = load_sweep(Path(sweep))
+        tracking, storage = config.tracking, Path(config.storage).expanduser()
+    elif sweep is not None:
+        tracking, storage = _open_ledger(sweep).sweep().config["tracking"], _sweep_folder(sweep).parent
+        if tracking is not None and HIDDEN in tracking:
+            raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file: orchestrate ui FILE")
+    else:
+        tracking, storage = None, Path("runs")
+    address, _ = tracking_address(tracking, storage)
+    file = Path(address.removeprefix("sqlite:///"))
+    if address.startswith("sqlite") and not file.is_file():
+        raise InputError(f"{file}: no tracking store here; run a sweep first, or name one: orchestrate ui SWEEP")
+    return address
+
+
+if __name__ == "__main__":
+    main()

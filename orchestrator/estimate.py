@@ -1,0 +1,130 @@
+"""How long a plan takes on this machine, from a short measurement of its own steps."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from orchestrator.plan import SweepPlan
+from orchestrator.search.space import extremes
+from qkmodel.activations import MissingWork
+from qkmodel.attention import AttentionGeometry, AttentionLayer
+from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.language_model import LanguageModel, load_language_model
+from qkmodel.pack import Member, SharedBatch
+from qkmodel.pattern_comparison import EVALUATION_BATCH
+from qkmodel.pattern_kl import pattern_target
+from qkmodel.reference import LayerReference
+
+# Loading models and libraries, starting Ray, the last delivery to MLflow.
+STARTUP_SECONDS = 30.0
+TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Work that is left and the seconds it takes on this machine. `cache` is what the activation cache still lacks.
+
+    Measured: one forward pass to the deepest layer, one through the whole model, and optimiser steps of the
+    space's trainings on random activations of the right shape. Assumed: an evaluation batch costs what a step
+    costs, and packs that run side by side do not slow each other down.
+    """
+
+    cache: MissingWork
+    cache_seconds: float
+    training_seconds: float
+    evaluation_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return STARTUP_SECONDS + self.cache_seconds + self.training_seconds + self.evaluation_seconds
+
+
+def estimate(plan: SweepPlan) -> Estimate:
+    """Measures for some ten seconds; loads the model unless nothing is left to do."""
+    if plan.trainings_left == 0:
+        return Estimate(MissingWork(0, 0), 0.0, 0.0, 0.0)
+    config = plan.config
+    missing = plan.missing()
+    forward_seconds, whole_model_seconds = _forward_seconds(plan, load_language_model(config.model))
+    step_seconds = _step_seconds(plan)
+    steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
+    evaluation_batches = plan.validation_sequences / EVALUATION_BATCH
+    model_batches = config.training.patched_sequences / EVALUATION_BATCH
+    share = plan.trainings_left / min(plan.slots, plan.packs)
+    return Estimate(
+        cache=missing,
+        cache_seconds=missing.sequences / EVALUATION_BATCH * forward_seconds,
+        training_seconds=share * steps * step_seconds,
+        evaluation_seconds=share * (evaluation_batches * step_seconds + model_batches * whole_model_seconds),
+    )
+
+
+def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, float]:
+    """Seconds for `EVALUATION_BATCH` sequences: to the deepest requested layer, and through the whole model."""
+    tokens = torch.randint(0, 1000, (EVALUATION_BATCH, plan.config.corpus.context))
+    deepest = [max(plan.config.layers)]
+    return _seconds(lambda: model.attention_inputs(tokens, deepest)), _seconds(lambda: model.cross_entropy(tokens))
+
+
+def _step_seconds(plan: SweepPlan) -> float:
+    """Mean seconds of one training's step over the kinds of training in the space, on a pack's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(plan.config.resources.pack.cpu)))
+    try:
+        layer = _random_layer(plan)
+        x = torch.randn(plan.config.training.batch_sequences, plan.config.corpus.context, layer.geometry.d_model)
+        batch = SharedBatch(x.flatten(0, 1), pattern_target(layer, *layer.project(x)))
+        reference = _neutral_reference(layer)
+        kinds = _kinds(plan)
+        return sum(_member_seconds(Member(kind, layer, reference), batch) for kind in kinds) / len(kinds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _member_seconds(member: Member, batch: SharedBatch) -> float:
+    return _seconds(lambda: member.step(batch, 1.0))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    work()
+    started = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        work()
+    return (time.perf_counter() - started) / TIMED_STEPS
+
+
+def _kinds(plan: SweepPlan) -> list[Hyperparameters]:
+    """One training for each dictionary size and activation of the space; nothing else changes a step's cost."""
+    kinds = {}
+    for space in plan.config.search.space:
+        first = {name: extremes(name, setting)[0] for name, setting in space.items()}
+        for size in extremes("dictionary_size", space["dictionary_size"]):
+            for activation in extremes("activation", space["activation"]):
+                kinds[size, activation] = Hyperparameters(**first | {"dictionary_size": size, "activation": activation})
+    return list(kinds.values())
+
+
+def _random_layer(plan: SweepPlan) -> AttentionLayer:
+    model = plan.model
+    geometry = AttentionGeometry(
+        architecture="random",
+        layer=0,
+        d_model=model.d_model,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        d_head=model.d_head,
+        rotary_dim=model.d_head // 2 * 2,
+        scale=model.d_head**-0.5,
+    )
+    shapes = geometry.tensor_shapes()
+    return AttentionLayer.from_tensors(
+        geometry, {name: torch.randn(shape) * model.d_model**-0.5 for name, shape in shapes.items()}
+    )
+
+
+def _neutral_reference(layer: AttentionLayer) -> LayerReference:
+    geometry = layer.geometry
+    means = (geometry.d_model, geometry.n_heads * geometry.d_head, geometry.n_kv_heads * geometry.d_head)
+    return LayerReference(*map(torch.zeros, means), 1.0, 1.0, 0.0, None, None)

@@ -1,0 +1,342 @@
+"""The sweep's database: the only truth about what was asked for, trained, found and delivered.
+
+One SQLite file in the sweep's folder. A training's state moves open -> running -> finished | failed and,
+after an interruption, back to open. `finished` is final: the first result wins, and whatever a late or
+repeated event says about a finished training changes nothing, so every write here may be repeated.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import create_engine, event, func, select, update
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.orm import Session
+
+from orchestrator.ledger_tables import (
+    STATES,
+    DeliveryRow,
+    MetricRow,
+    Report,
+    ReportRow,
+    State,
+    Study,
+    StudyRow,
+    SweepRecord,
+    SweepRow,
+    Table,
+    Training,
+    TrainingRow,
+)
+from qkmodel.errors import InputError
+
+LEDGER_FILE = "ledger.sqlite"
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_SECONDS = 30
+
+
+class Ledger:
+    """Safe to share between threads; processes may read while one writes.
+
+    Methods that take a `training_id` raise KeyError when the ledger holds no such training.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the ledger at `path`, creating the file and its folder where missing.
+
+        Raises InputError when the file is not a ledger that this version can read.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._connect(path) == 0:
+            with self._engine.begin() as connection:
+                # readers are not blocked by the writer; a property of the file, so it is set once
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+                Table.metadata.create_all(connection)
+                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    @classmethod
+    def open_existing(cls, path: Path) -> "Ledger":
+        """Open the ledger at `path` and create nothing.
+
+        Raises InputError when there is none, or not one that this version can read.
+        """
+        ledger = cls.__new__(cls)
+        if not path.is_file() or ledger._connect(path) == 0:
+            raise InputError(f"no sweep here: {path} is not there or empty; give a sweep that was started")
+        return ledger
+
+    def _connect(self, path: Path) -> int:
+        """The ledger's format, 0 for a file that was created just now."""
+        self.path = path
+        url = URL.create("sqlite", database=str(path.absolute()))
+        self._engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+        event.listen(self._engine, "connect", _set_pragmas)
+        try:
+            with self._engine.connect() as connection:
+                version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+        except DatabaseError as error:
+            raise InputError(f"{path} cannot be opened as a sweep's ledger: {error.orig}") from error
+        if version not in (0, SCHEMA_VERSION):
+            raise InputError(
+                f"{path} has ledger format {version}; this version reads format {SCHEMA_VERSION}: "
+                "use the version that wrote it, or another sweep name"
+            )
+        return version
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder, to which the paths of dictionaries are relative."""
+        return self.path.parent
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """One transaction: committed at the end of the block, rolled back on an exception."""
+        with Session(self._engine) as session, session.begin():
+            yield session
+
+    # -- the sweep and its studies
+
+    def open_sweep(
+        self, name: str, config: Mapping[str, Any], git_sha: str | None, versions: Mapping[str, str]
+    ) -> SweepRecord:
+        """Record the sweep, or that it was started again with a perhaps changed configuration.
+
+        Raises InputError when the ledger belongs to a sweep of another name.
+        """
+        facts = {"config": dict(config), "git_sha": git_sha, "versions": dict(versions)}
+        with self._session() as session:
+            statement = insert(SweepRow).values(sweep=1, name=name, created=_now(), **facts)
+            session.execute(statement.on_conflict_do_update(index_elements=["sweep"], set_=facts))
+            row = session.get_one(SweepRow, 1)
+            if row.name != name:
+                raise InputError(f"{self.path} belongs to sweep {row.name!r}, not {name!r}: use another folder")
+            return SweepRecord(**_own_fields(row, SweepRecord))
+
+    def sweep(self) -> SweepRecord:
+        """Raises InputError when no sweep was recorded yet."""
+        with self._session() as session:
+            row = session.get(SweepRow, 1)
+            if row is None:
+                raise InputError(f"no sweep here: {self.path} is empty; start the sweep first")
+            return SweepRecord(**_own_fields(row, SweepRecord))
+
+    def open_study(self, study_id: str, task: str, layer: int, identity: Mapping[str, Any]) -> Study:
+        """Record a study, or return the one that is there."""
+        with self._session() as session:
+            statement = insert(StudyRow).values(
+                study_id=study_id,
+                task=task,
+                layer=layer,
+                identity=dict(identity),
+                reference={},
+                created=_now(),
+            )
+            session.execute(statement.on_conflict_do_nothing())
+            return Study(**_own_fields(session.get_one(StudyRow, study_id), Study))
+
+    def set_reference(self, study_id: str, reference: Mapping[str, float | None]) -> None:
+        """Record what the study's trainings are measured against: kl_baseline, ce_clean, …
+
+        Raises KeyError for an unknown study.
+        """
+        values = {name: _finite(value) for name, value in reference.items()}
+        statement = update(StudyRow).where(StudyRow.study_id == study_id).values(reference=values)
+        with self._session() as session:
+            if session.execute(statement).rowcount == 0:
+                raise KeyError(study_id)
+
+    def studies(self) -> list[Study]:
+        with self._session() as session:
+            rows = session.scalars(select(StudyRow).order_by(StudyRow.layer, StudyRow.created))
+            return [Study(**_own_fields(row, Study)) for row in rows]
+
+    # -- trainings
+
+    def add_training(
+        self, study_id: str, training_id: str, hyperparameters: Mapping[str, Any], tokens_planned: int
+    ) -> Training:
+        """Record a training as open, or return the one that is there, in whatever state it is."""
+        rows = TrainingRow
+        next_number = select(func.coalesce(func.max(rows.number), -1) + 1).where(rows.study_id == study_id)
+        statement = insert(rows).values(
+            training_id=training_id,
+            study_id=study_id,
+            number=next_number.scalar_subquery(),
+            hyperparameters=dict(hyperparameters),
+            tokens_planned=tokens_planned,
+            created=_now(),
+        )
+        with self._session() as session:
+            session.execute(statement.on_conflict_do_nothing(index_elements=["training_id"]))
+        return self.training(training_id)
+
+    def start(self, training_id: str, pack: str, machine: Mapping[str, Any]) -> None:
+        """A worker takes the training up: one more attempt. `started` stays that of the first."""
+        first_start = func.coalesce(TrainingRow.started, _now())
+        with self._session() as session:
+            self._update(
+                session,
+                training_id,
+                state="running",
+                pack=pack,
+                machine=dict(machine),
+                attempts=TrainingRow.attempts + 1,
+                started=first_start,
+                finished=None,
+                error=None,
+            )
+
+    def report(self, training_id: str, tokens: int, metrics: Mapping[str, float | None], seconds: float) -> None:
+        """Record values reached after `tokens` tokens and `seconds` of training, both counted from the start.
+
+        A value that was reported before at the same number of tokens (a continued training repeats the steps
+        since its checkpoint) keeps its first value.
+        """
+        common = {"training_id": training_id, "tokens": tokens, "recorded": _now()}
+        values = [{"name": name, "value": _finite(value), **common} for name, value in metrics.items()]
+        with self._session() as session:
+            is_unfinished = self._update(
+                session,
+                training_id,
+                tokens_done=func.max(TrainingRow.tokens_done, tokens),
+                seconds=func.max(TrainingRow.seconds, seconds),
+            )
+            if is_unfinished and values:
+                session.execute(insert(ReportRow).on_conflict_do_nothing(), values)
+
+    def finish(
+        self, training_id: str, metrics: Mapping[str, float | None], dictionary: str, dictionary_sha256: str
+    ) -> None:
+        """Record the result, in one transaction. `dictionary` is a path relative to the sweep's folder."""
+        values = [
+            {"training_id": training_id, "name": name, "value": _finite(value)} for name, value in metrics.items()
+        ]
+        with self._session() as session:
+            is_first = self._update(
+                session,
+                training_id,
+                state="finished",
+                dictionary=dictionary,
+                dictionary_sha256=dictionary_sha256,
+                finished=_now(),
+                error=None,
+            )
+            if is_first and values:
+                session.execute(insert(MetricRow), values)
+
+    def fail(self, training_id: str, error: str) -> None:
+        """Record that the training came to nothing, and why."""
+        with self._session() as session:
+            self._update(session, training_id, state="failed", error=error, finished=_now())
+
+    def reopen(self, training_id: str) -> None:
+        """Put an interrupted or failed training back in the queue; its attempts and reports stay."""
+        with self._session() as session:
+            self._update(session, training_id, state="open", error=None, finished=None)
+
+    def _update(self, session: Session, training_id: str, **values: Any) -> bool:
+        """Change an unfinished training; False and no change where it is finished."""
+        statement = update(TrainingRow).where(TrainingRow.training_id == training_id, TrainingRow.state != "finished")
+        if session.execute(statement.values(**values)).rowcount == 1:
+            return True
+        if session.get(TrainingRow, training_id) is None:
+            raise KeyError(training_id)
+        return False
+
+    def training(self, training_id: str) -> Training:
+        with self._session() as session:
+            row = session.get(TrainingRow, training_id)
+            if row is None:
+                raise KeyError(training_id)
+            return _trainings(session, [row])[0]
+
+    def trainings(self, study_id: str | None = None, state: State | None = None) -> list[Training]:
+        """By layer, then study, then number."""
+        statement = select(TrainingRow).join(StudyRow)
+        if study_id is not None:
+            statement = statement.where(TrainingRow.study_id == study_id)
+        if state is not None:
+            statement = statement.where(TrainingRow.state == state)
+        order = (StudyRow.layer, StudyRow.created, StudyRow.study_id, TrainingRow.number)
+        with self._session() as session:
+            return _trainings(session, session.scalars(statement.order_by(*order)).all())
+
+    def reports(self, training_id: str, after: int = 0) -> list[Report]:
+        """In order of recording, those with a `report_id` above `after`."""
+        statement = (
+            select(ReportRow)
+            .where(ReportRow.training_id == training_id, ReportRow.report_id > after)
+            .order_by(ReportRow.report_id)
+        )
+        with self._session() as session:
+            return [Report(**_own_fields(row, Report)) for row in session.scalars(statement)]
+
+    def counts(self, study_id: str | None = None) -> dict[State, int]:
+        """Trainings per state; every state is there."""
+        statement = select(TrainingRow.state, func.count()).group_by(TrainingRow.state)
+        if study_id is not None:
+            statement = statement.where(TrainingRow.study_id == study_id)
+        with self._session() as session:
+            found = dict(session.execute(statement).tuples().all())
+        return {state: found.get(state, 0) for state in STATES}
+
+    # -- what MLflow already holds
+
+    def delivered(self) -> dict[str, dict[str, str]]:
+        """run id -> item -> value, as noted by `note_delivered`."""
+        notes: dict[str, dict[str, str]] = {}
+        with self._session() as session:
+            for row in session.scalars(select(DeliveryRow)):
+                notes.setdefault(row.run_id, {})[row.item] = row.value
+        return notes
+
+    def note_delivered(self, run_id: str, item: str, value: str) -> None:
+        """Note that `item` of an MLflow run now stands at `value`."""
+        statement = insert(DeliveryRow).values(run_id=run_id, item=item, value=value)
+        with self._session() as session:
+            session.execute(statement.on_conflict_do_update(index_elements=["run_id", "item"], set_={"value": value}))
+
+
+def _set_pragmas(connection: Any, record: Any) -> None:
+    cursor = connection.cursor()
+    # every commit reaches the disk: a result that was recorded survives a power cut
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _own_fields(row: Table, kind: type) -> dict[str, Any]:
+    """The columns of `row` that are fields of the record `kind`."""
+    return {field.name: getattr(row, field.name) for field in fields(kind) if hasattr(row, field.name)}
+
+
+def _trainings(session: Session, rows: Sequence[TrainingRow]) -> list[Training]:
+    layers = dict(session.execute(select(StudyRow.study_id, StudyRow.layer)).tuples().all())
+    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row in rows}
+    statement = select(MetricRow.training_id, MetricRow.name, MetricRow.value)
+    if len(rows) == 1:
+        statement = statement.where(MetricRow.training_id == rows[0].training_id)
+    for training_id, name, value in session.execute(statement).tuples():
+        if training_id in metrics:
+            metrics[training_id][name] = value
+    return [
+        Training(layer=layers[row.study_id], metrics=metrics[row.training_id], **_own_fields(row, Training))
+        for row in rows
+    ]

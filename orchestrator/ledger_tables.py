@@ -1,0 +1,193 @@
+"""What the ledger's tables hold, and the records that callers get of them."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Literal
+
+from sqlalchemy import JSON, DateTime, ForeignKey, TypeDecorator, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+State = Literal["open", "running", "finished", "failed"]
+STATES: tuple[State, ...] = ("open", "running", "finished", "failed")
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """`config` is the resolved sweep file, passwords redacted; `versions` maps package to version."""
+
+    name: str
+    config: dict[str, Any]
+    git_sha: str | None
+    versions: dict[str, str]
+    created: datetime
+
+
+@dataclass(frozen=True)
+class Study:
+    """`identity` is what its trainings have in common; `reference` what they are measured against."""
+
+    study_id: str
+    task: str
+    layer: int
+    identity: dict[str, Any]
+    reference: dict[str, float | None]
+    created: datetime
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training as it stands. `metrics` are the final ones: empty until finished, None where undefined.
+
+    `number` counts from 0 within the study, in the order of asking. `seconds` of training so far, over all
+    attempts. `dictionary` is a path relative to the sweep's folder. Times are UTC.
+    """
+
+    training_id: str
+    study_id: str
+    layer: int
+    number: int
+    state: State
+    hyperparameters: dict[str, Any]
+    tokens_done: int
+    tokens_planned: int
+    metrics: dict[str, float | None]
+    dictionary: str | None
+    dictionary_sha256: str | None
+    error: str | None
+    pack: str | None
+    seconds: float
+    attempts: int
+    machine: dict[str, Any]
+    created: datetime
+    started: datetime | None
+    finished: datetime | None
+
+    @property
+    def family(self) -> str:
+        """Trainings whose l0 behaves alike: topk, relu-l1, relu-sqrt, …"""
+        parts = (self.hyperparameters.get("activation"), self.hyperparameters.get("penalty"))
+        return "-".join(str(part) for part in parts if part is not None)
+
+    @property
+    def label(self) -> str:
+        """A name for people: `L08 topk16 d1024 lr3e-3 s0`, `L04 relu-l1 d512 λ1e-3 lr3e-3 s0`."""
+        values = {name: _short(value) for name, value in self.hyperparameters.items() if value is not None}
+        parts = [f"L{self.layer:02d}", f"{self.family}{values.get('k', '')}"]
+        for symbol, name in _SYMBOLS.items():
+            if name in values:
+                parts.append(f"{symbol}{values[name]}")
+        return " ".join(parts)
+
+
+_SYMBOLS = {"d": "dictionary_size", "λ": "sparsity_coefficient", "lr": "learning_rate", "s": "seed"}
+
+
+def _short(value: Any) -> str:
+    """Small numbers as 3e-3, others as they are."""
+    if not isinstance(value, float) or value == 0 or 0.1 <= abs(value) < 1e4:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One value on the way. `report_id` grows in the order of recording."""
+
+    report_id: int
+    tokens: int
+    name: str
+    value: float | None
+    recorded: datetime
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """SQLite keeps no time zone: everything is stored as UTC and comes back aware."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Table(DeclarativeBase):
+    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: UtcDateTime, dict[str, Any]: JSON}
+
+
+class SweepRow(Table):
+    __tablename__ = "sweep"
+
+    sweep: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    config: Mapped[dict[str, Any]]
+    git_sha: Mapped[str | None]
+    versions: Mapped[dict[str, Any]]
+    created: Mapped[datetime]
+
+
+class StudyRow(Table):
+    __tablename__ = "studies"
+
+    study_id: Mapped[str] = mapped_column(primary_key=True)
+    task: Mapped[str]
+    layer: Mapped[int]
+    identity: Mapped[dict[str, Any]]
+    reference: Mapped[dict[str, Any]]
+    created: Mapped[datetime]
+
+
+class TrainingRow(Table):
+    __tablename__ = "trainings"
+    __table_args__ = (UniqueConstraint("study_id", "number"),)
+
+    training_id: Mapped[str] = mapped_column(primary_key=True)
+    study_id: Mapped[str] = mapped_column(ForeignKey("studies.study_id"))
+    number: Mapped[int]
+    state: Mapped[str] = mapped_column(default="open")
+    hyperparameters: Mapped[dict[str, Any]]
+    tokens_done: Mapped[int] = mapped_column(default=0)
+    tokens_planned: Mapped[int]
+    dictionary: Mapped[str | None]
+    dictionary_sha256: Mapped[str | None]
+    error: Mapped[str | None]
+    pack: Mapped[str | None]
+    seconds: Mapped[float] = mapped_column(default=0.0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    machine: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created: Mapped[datetime]
+    started: Mapped[datetime | None]
+    finished: Mapped[datetime | None]
+
+
+class MetricRow(Table):
+    __tablename__ = "metrics"
+
+    training_id: Mapped[str] = mapped_column(ForeignKey("trainings.training_id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float | None]
+
+
+class ReportRow(Table):
+    __tablename__ = "reports"
+    __table_args__ = (UniqueConstraint("training_id", "tokens", "name"),)
+
+    report_id: Mapped[int] = mapped_column(primary_key=True)
+    training_id: Mapped[str] = mapped_column(ForeignKey("trainings.training_id"))
+    tokens: Mapped[int]
+    name: Mapped[str]
+    value: Mapped[float | None]
+    recorded: Mapped[datetime]
+
+
+class DeliveryRow(Table):
+    """What an MLflow run already holds. Keyed by run: a wiped or changed server has other run ids."""
+
+    __tablename__ = "deliveries"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    item: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]

@@ -1,0 +1,82 @@
+"""Fronts and hypervolume of (l0, kl) points; both are minimised."""
+
+import math
+from collections.abc import Sequence
+
+from orchestrator.ledger import Training
+
+MIN_KL_RECOVERED = 0.5
+MIN_L0 = 1.0
+MAX_L0_SHARE = 0.25
+
+Point = tuple[float, float]
+
+
+def front(points: Sequence[Point]) -> list[int]:
+    """Indices, ascending, of the points that no other point dominates.
+
+    A point dominates another when it is at most as large in both coordinates and smaller in one; so of equal
+    points all are on the front. Points with a NaN are on no front and dominate nothing.
+    """
+    by_first = sorted(
+        (index for index, point in enumerate(points) if not any(map(math.isnan, point))),
+        key=lambda index: points[index],
+    )
+    kept: list[int] = []
+    for index in by_first:
+        # sorted by first, then second coordinate: only the last point kept can dominate this one
+        if not kept or points[index][1] < points[kept[-1]][1] or points[index] == points[kept[-1]]:
+            kept.append(index)
+    return sorted(kept)
+
+
+def l0_cap(training: Training) -> float:
+    """The largest l0 that is still called sparse."""
+    return MAX_L0_SHARE * training.hyperparameters["dictionary_size"]
+
+
+def feasible(training: Training) -> bool:
+    """Whether a finished training is inside the box in which fronts are drawn.
+
+    kl_recovered ≥ 0.5 and 1 ≤ l0 ≤ dictionary_size / 4. Without it a collapsed dictionary (l0 → 0) would be
+    on every front.
+    """
+    if training.state != "finished":
+        return False
+    needed = [training.metrics.get(name) for name in ("kl", "l0", "kl_recovered")]
+    if any(value is None for value in needed):
+        return False
+    _, l0, kl_recovered = needed
+    return kl_recovered >= MIN_KL_RECOVERED and MIN_L0 <= l0 <= l0_cap(training)
+
+
+def front_trainings(trainings: Sequence[Training]) -> list[Training]:
+    """The front of one study, by ascending l0; empty where nothing finished inside the box.
+
+    Raises ValueError for trainings of several studies: their KL is not comparable.
+    """
+    if len({training.study_id for training in trainings}) > 1:
+        raise ValueError("a front is of one study: KL of different layers is not comparable")
+    candidates = [training for training in trainings if feasible(training)]
+    points = [(training.metrics["l0"], training.metrics["kl"]) for training in candidates]
+    members = [candidates[index] for index in front(points)]
+    return sorted(members, key=lambda training: (training.metrics["l0"], training.number))
+
+
+def hypervolume(points: Sequence[Point], reference: Point) -> float:
+    """Area in (log2 l0, log2 kl) that the points dominate, up to `reference` = (l0 cap, kl_baseline).
+
+    One unit is one halving of l0 times one halving of kl. Points that are not better than the reference in
+    both coordinates, or have no logarithm, add nothing. Raises ValueError for a reference without logarithm.
+    """
+    if not all(value > 0 and math.isfinite(value) for value in reference):
+        raise ValueError(f"the reference point must be positive and finite, not {reference}")
+    inside = [(math.log2(l0), math.log2(kl)) for l0, kl in points if 0 < l0 < reference[0] and 0 < kl < reference[1]]
+    right, top = math.log2(reference[0]), math.log2(reference[1])
+    area = 0.0
+    # sweeping l0 upwards, each front point adds the strip between its kl and that of the one before
+    for index in sorted(set(front(inside)), key=lambda index: inside[index]):
+        l0, kl = inside[index]
+        area += (right - l0) * (top - kl)
+        top = kl
+    return area

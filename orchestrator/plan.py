@@ -1,0 +1,256 @@
+"""From a sweep file to studies, trainings, packs, tokens and bytes: what will be done, before anything is."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+
+from orchestrator.config import SweepConfig
+from orchestrator.identity import study_id, study_identity, training_id
+from orchestrator.ledger import LEDGER_FILE, Ledger, Training
+from orchestrator.opening_token import measurement_file, opening_token
+from orchestrator.pack_order import DIVERGED
+from orchestrator.search.samplers import resolve_auto
+from orchestrator.search.space import canonical, contains, enumerate_space, grid
+from qkmodel.activations import CacheKey, MissingWork, cache_bytes, missing_work
+from qkmodel.data_order import sequences_per_epoch
+from qkmodel.documents import CorpusDescription, describe_corpus
+from qkmodel.errors import InputError
+from qkmodel.model_description import ModelDescription, describe_model
+
+CACHE_FOLDER = "activations"
+RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts")
+# Larger packs share more, but report and adapt later: a search that learns from results wants them early.
+LARGEST_PACK = 8
+LARGEST_ADAPTIVE_PACK = 4
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """One study: what it already has and how many trainings it still needs.
+
+    `unfinished` are trainings that the ledger holds as open or running, or that failed for a reason outside
+    themselves; `diverged` counts those whose numbers ran away, which are not tried again. `new` counts those
+    that the search is still to propose.
+    """
+
+    study_id: str
+    layer: int
+    identity: dict
+    finished: int
+    diverged: int
+    unfinished: tuple[Training, ...]
+    new: int
+
+    @property
+    def to_train(self) -> int:
+        return len(self.unfinished) + self.new
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Everything that is known about a sweep without loading its model.
+
+    `bos` is the token that opens sequences, None for none, "auto" until it has been measured.
+    """
+
+    config: SweepConfig
+    model: ModelDescription
+    corpus: CorpusDescription
+    bos: str | None
+    studies: tuple[StudyPlan, ...]
+
+    @property
+    def folder(self) -> Path:
+        return sweep_folder(self.config)
+
+    @property
+    def cache_root(self) -> Path:
+        return storage_folder(self.config) / CACHE_FOLDER
+
+    @property
+    def sampler(self) -> str:
+        return sampler_of(self.config)
+
+    @property
+    def trainings_left(self) -> int:
+        return sum(study.to_train for study in self.studies)
+
+    @property
+    def diverged(self) -> int:
+        return sum(study.diverged for study in self.studies)
+
+    @property
+    def tokens_per_training(self) -> int:
+        """`training.tokens` rounded up to whole batches."""
+        per_step = self.config.training.batch_sequences * self.config.corpus.context
+        return math.ceil(self.config.training.tokens / per_step) * per_step
+
+    @property
+    def slots(self) -> int:
+        """Packs that this machine runs at once."""
+        return max(1, int(machine_cpus() / self.config.resources.pack.cpu))
+
+    @property
+    def pack_size(self) -> int:
+        """Trainings per pack: what the file says, or for `auto` enough packs to fill the machine, up to a limit."""
+        if self.config.pack != "auto":
+            return self.config.pack
+        limit = LARGEST_PACK if self.sampler in ("grid", "random") else LARGEST_ADAPTIVE_PACK
+        per_layer = max((study.to_train for study in self.studies), default=1)
+        share = math.ceil(self.trainings_left / self.slots)
+        return max(1, min(limit, per_layer, share))
+
+    @property
+    def packs(self) -> int:
+        return sum(math.ceil(study.to_train / self.pack_size) for study in self.studies)
+
+    @cached_property
+    def train_sequences(self) -> int:
+        """Training sequences to cache, if the corpus has as many."""
+        return sequences_per_epoch(self.config.training, self.config.corpus.context, None)
+
+    @property
+    def validation_sequences(self) -> int:
+        return self.config.training.validation_sequences
+
+    @property
+    def bos_file(self) -> Path:
+        """Where the measurement of the opening token is kept."""
+        return measurement_file(self.cache_root, self.config, self.model, self.corpus)
+
+    @property
+    def cache_key(self) -> CacheKey:
+        config = self.config
+        return CacheKey(
+            weights_sha256=self.model.weights_sha256,
+            tokenizer_sha256=self.model.tokenizer_sha256,
+            corpus_sha256=self.corpus.sha256,
+            bos=self.bos,
+            context=config.corpus.context,
+            seed=config.seed,
+            validation_documents=config.corpus.validation_documents,
+            dtype=config.activations.dtype,
+            d_model=self.model.d_model,
+        )
+
+    def cache_bytes(self) -> int:
+        """Size of the whole cache on disk, all layers."""
+        sequences = self.train_sequences + self.validation_sequences
+        return cache_bytes(self.cache_key, self.config.layers, sequences)
+
+    def missing(self) -> MissingWork:
+        """What the cache still lacks."""
+        return missing_work(
+            self.cache_root, self.cache_key, self.config.layers, self.train_sequences, self.validation_sequences
+        )
+
+
+def machine_cpus() -> int:
+    """CPUs that this process may use."""
+    # macOS has no affinity
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sampler_of(config: SweepConfig) -> str:
+    """The sampler by name, `auto` resolved."""
+    search = config.search
+    return resolve_auto(search.space, search.trainings) if search.sampler == "auto" else search.sampler
+
+
+def sweep_folder(config: SweepConfig) -> Path:
+    return storage_folder(config) / config.name
+
+
+def storage_folder(config: SweepConfig) -> Path:
+    """Where sweep folders, activation caches and MLflow's default store live."""
+    return Path(config.storage).expanduser().absolute()
+
+
+def make_plan(config: SweepConfig) -> SweepPlan:
+    """What this sweep file asks for beyond what its ledger already holds. Creates nothing.
+
+    Raises InputError for an unknown model or corpus, for layers and contexts that the model does not have, and
+    for resources that this machine does not have.
+    """
+    _check_storage(config)
+    model = describe_model(config.model)
+    _check_model(config, model)
+    _check_resources(config)
+    corpus = describe_corpus(config.corpus)
+    ledger_file = sweep_folder(config) / LEDGER_FILE
+    ledger = Ledger.open_existing(ledger_file) if ledger_file.is_file() else None
+    bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))
+    studies = []
+    for layer in config.layers:
+        identity = study_identity(
+            task=config.task,
+            weights_sha256=model.weights_sha256,
+            tokenizer_sha256=model.tokenizer_sha256,
+            layer=layer,
+            corpus=config.corpus,
+            corpus_sha256=corpus.sha256,
+            bos=bos,
+            training=config.training,
+            dtype=config.activations.dtype,
+            seed=config.seed,
+        )
+        identifier = study_id(identity)
+        trainings = ledger.trainings(identifier) if ledger is not None else []
+        studies.append(_study_plan(config, identifier, layer, identity, trainings))
+    if ledger is not None:
+        ledger.close()
+    return SweepPlan(config, model, corpus, bos, tuple(studies))
+
+
+def _study_plan(
+    config: SweepConfig, identifier: str, layer: int, identity: dict, trainings: Sequence[Training]
+) -> StudyPlan:
+    space = config.search.space
+    inside = [
+        one for one in trainings if any(contains(alternative, canonical(one.hyperparameters)) for alternative in space)
+    ]
+    points = islice(enumerate_space(space) or count(), config.search.trainings)
+    new = max(0, sum(1 for _ in points) - len(inside))
+    if sampler_of(config) == "grid":
+        wanted = {training_id(identifier, point) for point in grid(space)}
+        inside = [one for one in inside if one.training_id in wanted]
+        new = len(wanted) - len(inside)
+    finished = [one for one in inside if one.state == "finished"]
+    diverged = [one for one in inside if one.state == "failed" and (one.error or "").startswith(DIVERGED)]
+    unfinished = tuple(one for one in inside if one not in finished and one not in diverged)
+    return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, new)
+
+
+def _check_storage(config: SweepConfig) -> None:
+    folder = sweep_folder(config)
+    if config.name in RESERVED_NAMES:
+        raise InputError(f"name: {config.name} is taken by a folder of the storage itself; choose another")
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"storage: {there} is a file; give a folder, or a path where one can be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"storage: {there} cannot be written to; give a folder that can")
+
+
+def _check_model(config: SweepConfig, model: ModelDescription) -> None:
+    for layer in config.layers:
+        if layer >= model.n_layers:
+            raise InputError(
+                f"layers: {layer} is out of range; {config.model.name} has layers 0 to {model.n_layers - 1}"
+            )
+    if model.max_context is not None and config.corpus.context > model.max_context:
+        raise InputError(
+            f"corpus.context: {config.corpus.context} is more than {config.model.name} can read; "
+            f"at most {model.max_context}"
+        )
+
+
+def _check_resources(config: SweepConfig) -> None:
+    if config.resources.pack.cpu > machine_cpus():
+        raise InputError(
+            f"resources.pack.cpu: {config.resources.pack.cpu:g} is more than this machine has; at most {machine_cpus()}"
+        )

@@ -1,0 +1,72 @@
+"""What `orchestrate sweep --dry-run` shows of a plan and its cost."""
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from orchestrator.estimate import Estimate
+from orchestrator.plan import SweepPlan
+from orchestrator.tables import duration, size
+
+
+def plan_table(plan: SweepPlan) -> Table:
+    """Studies, trainings and packs that a sweep file asks for."""
+    table = Table(title=f"sweep {plan.config.name}: what is to be done", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("layer", "finished", "to train", "packs", "tokens to train on"):
+        table.add_column(column, justify="right")
+    for study in plan.studies:
+        packs = -(-study.to_train // plan.pack_size)
+        tokens = study.to_train * plan.tokens_per_training
+        table.add_row(str(study.layer), str(study.finished), str(study.to_train), str(packs), f"{tokens:,}")
+    return table
+
+
+def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
+    """What the plan costs, in words."""
+    config = plan.config
+    lines = [
+        f"model {plan.model.name}, corpus {config.corpus.name}{_documents(plan)}, sampler {plan.sampler}",
+        f"{plan.trainings_left} trainings in {plan.packs} packs of up to {plan.pack_size}, {plan.slots} packs at once",
+        f"activation cache {size(plan.cache_bytes())} (limit {size(config.activations.max_bytes)}), "
+        f"{size(estimate.cache.bytes)} of it still to be written",
+    ]
+    if plan.trainings_left == 0:
+        return [*lines, "nothing left to do"]
+    return [
+        *lines,
+        f"estimated {duration(estimate.seconds)} on this machine: caching {duration(estimate.cache_seconds)}, "
+        f"training {duration(estimate.training_seconds)}, evaluation {duration(estimate.evaluation_seconds)}",
+    ]
+
+
+def estimate_record(plan: SweepPlan, estimate: Estimate) -> dict[str, Any]:
+    """The plan and its cost, as `orchestrate sweep --dry-run --json` prints them."""
+    return {
+        "sweep": plan.config.name,
+        "folder": str(plan.folder),
+        "sampler": plan.sampler,
+        "studies": [
+            {
+                "study_id": study.study_id,
+                "layer": study.layer,
+                "finished": study.finished,
+                "to_train": study.to_train,
+            }
+            for study in plan.studies
+        ],
+        "trainings": plan.trainings_left,
+        "packs": plan.packs,
+        "pack_size": plan.pack_size,
+        "packs_at_once": plan.slots,
+        "tokens": plan.trainings_left * plan.tokens_per_training,
+        "cache_bytes": plan.cache_bytes(),
+        "cache_bytes_missing": estimate.cache.bytes,
+        "seconds": estimate.seconds if plan.trainings_left else 0.0,
+    }
+
+
+def _documents(plan: SweepPlan) -> str:
+    if plan.corpus.documents is None:
+        return ""
+    return f" ({plan.corpus.documents:,} documents, {size(plan.corpus.bytes)})"

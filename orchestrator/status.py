@@ -1,0 +1,111 @@
+"""A sweep's state in figures, for the live table, `orchestrate status` and `orchestrate fronts`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.ledger import Ledger, State, Study, Training
+from orchestrator.pareto import front_trainings, hypervolume
+
+FRONT_METRICS = (
+    "kl",
+    "kl_recovered",
+    "kl_no_bos",
+    "kl_recovered_no_bos",
+    "l0_query",
+    "l0_key",
+    "l0",
+    "top1",
+    "max_error",
+    "ce_recovered",
+)
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """One study: its trainings and the front they make. `hypervolume` as `pareto.hypervolume` defines it."""
+
+    study: Study
+    trainings: list[Training]
+    front: list[Training]
+    hypervolume: float
+
+    @property
+    def counts(self) -> dict[State, int]:
+        counts: dict[State, int] = {"open": 0, "running": 0, "finished": 0, "failed": 0}
+        for training in self.trainings:
+            counts[training.state] += 1
+        return counts
+
+
+def study_statuses(ledger: Ledger, studies: list[str] | None = None) -> list[StudyStatus]:
+    """All studies of a sweep, or those named, by layer."""
+    return [_study_status(ledger, study) for study in ledger.studies() if studies is None or study.study_id in studies]
+
+
+def _study_status(ledger: Ledger, study: Study) -> StudyStatus:
+    trainings = ledger.trainings(study.study_id)
+    front = front_trainings(trainings)
+    area = 0.0
+    if front:
+        points = [(one.metrics["l0"], one.metrics["kl"]) for one in front]
+        area = hypervolume(points, (study.reference["l0_cap"], study.reference["kl_baseline"]))
+    return StudyStatus(study, trainings, front, area)
+
+
+def status_record(ledger: Ledger) -> dict[str, Any]:
+    """What `orchestrate status --json` prints: counts by state, tokens done and planned, per study and in all."""
+    statuses = study_statuses(ledger)
+    trainings = [training for status in statuses for training in status.trainings]
+    return {
+        "sweep": ledger.sweep().name,
+        "folder": str(ledger.folder),
+        "trainings": ledger.counts(),
+        "tokens_done": sum(training.tokens_done for training in trainings),
+        "tokens_planned": sum(training.tokens_planned for training in trainings),
+        "studies": [
+            {
+                "study_id": status.study.study_id,
+                "layer": status.study.layer,
+                "trainings": status.counts,
+                "tokens_done": sum(training.tokens_done for training in status.trainings),
+                "tokens_planned": sum(training.tokens_planned for training in status.trainings),
+                "front": len(status.front),
+                "hypervolume": status.hypervolume,
+            }
+            for status in statuses
+        ],
+        "failures": [
+            {"training_id": one.training_id, "layer": one.layer, "error": one.error}
+            for one in trainings
+            if one.state == "failed"
+        ],
+    }
+
+
+def fronts_record(ledger: Ledger) -> dict[str, Any]:
+    """What `orchestrate fronts --json` prints: per study its front's trainings by ascending l0."""
+    return {
+        "sweep": ledger.sweep().name,
+        "fronts": [
+            {
+                "study_id": status.study.study_id,
+                "layer": status.study.layer,
+                "kl_baseline": status.study.reference.get("kl_baseline"),
+                "kl_cache": status.study.reference.get("kl_cache"),
+                "hypervolume": status.hypervolume,
+                "trainings": [front_member(ledger, training) for training in status.front],
+            }
+            for status in study_statuses(ledger)
+        ],
+    }
+
+
+def front_member(ledger: Ledger, training: Training) -> dict[str, Any]:
+    """One training of a front: identity, metrics, hyperparameters and where its dictionary lies."""
+    return {
+        "training_id": training.training_id,
+        **{name: training.metrics.get(name) for name in FRONT_METRICS},
+        "dictionary": str(ledger.folder / training.dictionary) if training.dictionary else None,
+        "dictionary_sha256": training.dictionary_sha256,
+        "hyperparameters": training.hyperparameters,
+    }

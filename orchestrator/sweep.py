@@ -1,0 +1,168 @@
+"""Start or continue a sweep: plan, prepare, train, track."""
+
+import logging
+import os
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import ray
+from ray import tune
+
+from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.opening_token import AUTO, measure_opening_token
+from orchestrator.pack_order import PackOrder, checkpoint_path
+from orchestrator.pack_queue import PackQueue, StudyWork, history
+from orchestrator.pareto import MAX_L0_SHARE
+from orchestrator.plan import StudyPlan, SweepPlan, machine_cpus, make_plan, storage_folder
+from orchestrator.preparation import Preparation, model_loader, prepare
+from orchestrator.search.searcher import PackSearcher
+from orchestrator.search.space import extremes
+from orchestrator.search.study import StudySearch
+from orchestrator.tracking import Tracker, TrackingThread
+from orchestrator.trainable import PackTrainable
+from orchestrator.versions import git_sha, package_versions
+from qkmodel.activation_build import BuildProgress
+from qkmodel.dictionary import CorpusIdentity, ModelIdentity
+
+TRACKING_INTERVAL_SECONDS = 5.0
+# Tune starts a trial only for a suggestion, so this bounds nothing; the searcher says when it is done.
+UNLIMITED = 10**9
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a start of a sweep ended. `tracking_error` says why MLflow does not have everything yet."""
+
+    ledger: Ledger
+    trained: int
+    failed: int
+    tracking_error: str | None
+
+
+class SweepView(Protocol):
+    """Where a sweep shows what it does."""
+
+    def say(self, line: str) -> None: ...
+
+    def cache_progress(self, state: BuildProgress) -> None: ...
+
+    def training_started(self, plan: SweepPlan, ledger: Ledger) -> None: ...
+
+
+def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
+    """Trains what the plan asks for and the ledger does not hold, and brings MLflow up to date.
+
+    Raises InputError before the sweep's folder is created when the file asks for something that cannot be had.
+    """
+    config = plan.config
+    load_model = model_loader(config, view.say)
+    if plan.bos == AUTO:
+        measure_opening_token(config, plan.bos_file, load_model, view.say)
+        plan = make_plan(config)
+    prepared = prepare(plan, load_model, view.say, view.cache_progress) if plan.trainings_left else None
+    ledger = Ledger(plan.folder / LEDGER_FILE)
+    ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions())
+    for study in plan.studies:
+        ledger.open_study(study.study_id, config.task, study.layer, study.identity)
+    tracking = TrackingThread(Tracker(config.tracking, storage_folder(config), ledger), TRACKING_INTERVAL_SECONDS)
+    works: list[StudyWork] = []
+    try:
+        if prepared is not None:
+            measured = {study.study_id for study in ledger.studies() if study.reference}
+            for study in plan.studies:
+                if study.study_id not in measured:
+                    ledger.set_reference(study.study_id, _reference_figures(plan, prepared, study.layer))
+            works = [_study_work(plan, study, prepared, ledger) for study in plan.studies]
+            queue = PackQueue(ledger, works, plan.folder, plan.pack_size)
+            view.training_started(plan, ledger)
+            _train(plan, queue)
+    finally:
+        tracking_error = tracking.stop()
+    wanted = {identifier for work in works for identifier in work.wanted}
+    states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)
+    return SweepOutcome(ledger, states["finished"], states["failed"] + plan.diverged, tracking_error)
+
+
+def _reference_figures(plan: SweepPlan, prepared: Preparation, layer: int) -> dict[str, float | None]:
+    """The layer's reference, and the l0 of the hypervolume's reference point.
+
+    Recorded once per study: hypervolumes under different reference points could not be compared.
+    """
+    largest = max(max(extremes("dictionary_size", space["dictionary_size"])) for space in plan.config.search.space)
+    return prepared.references[layer].figures() | {"l0_cap": MAX_L0_SHARE * largest}
+
+
+def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger: Ledger) -> StudyWork:
+    config = plan.config
+    unfinished = {training.training_id for training in study.unfinished}
+    search = StudySearch(
+        config.search.space,
+        config.search.sampler,
+        config.search.trainings,
+        config.seed,
+        history(ledger.trainings(study.study_id), unfinished),
+    )
+    checkpoint_path(plan.folder, "").parent.mkdir(parents=True, exist_ok=True)
+    template = partial(
+        PackOrder,
+        threads=max(1, int(config.resources.pack.cpu)),
+        sweep_folder=plan.folder,
+        cache_folder=prepared.cache.folder,
+        reference_file=prepared.reference_files[study.layer],
+        model=config.model,
+        model_identity=ModelIdentity(
+            name=config.model.name,
+            weights_sha256=plan.model.weights_sha256,
+            layer=study.layer,
+            hook=f"blocks.{study.layer}.attn.hook_in",
+        ),
+        corpus_identity=CorpusIdentity(config=config.corpus, bos=plan.bos, sha256=plan.corpus.sha256),
+        training=config.training,
+        seed=config.seed,
+    )
+    return StudyWork(study.study_id, search, plan.tokens_per_training, template, unfinished)
+
+
+def _train(plan: SweepPlan, queue: PackQueue) -> None:
+    """Runs packs through Ray Tune until the queue is empty."""
+    # Tune's own files and handlers are of no use here: the ledger is the truth, and results are ours to write.
+    os.environ |= {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    resources = plan.config.resources.pack
+    # "local": a cluster that happens to run on this machine is not ours to use
+    ray.init(
+        address="local",
+        num_cpus=machine_cpus(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="orchestrate-tune-") as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(PackTrainable, {"cpu": resources.cpu}),
+                tune_config=tune.TuneConfig(
+                    search_alg=PackSearcher(queue, capacity=lambda: plan.slots),
+                    num_samples=UNLIMITED,
+                    max_concurrent_trials=plan.slots,
+                    reuse_actors=True,
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
+                run_config=tune.RunConfig(
+                    name=plan.config.name,
+                    storage_path=scratch,
+                    verbose=0,
+                    # one recovery path: the queue's, from the ledger and our own checkpoints
+                    failure_config=tune.FailureConfig(max_failures=0),
+                ),
+            )
+            tuner.fit()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,80 @@
+"""Tables of states and fronts for the terminal, and how times and sizes are written there."""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.ledger import Training
+from orchestrator.status import StudyStatus
+
+
+def front_table(status: StudyStatus) -> RenderableType:
+    """One layer's front, best KL last."""
+    baseline = status.study.reference.get("kl_baseline")
+    title = f"layer {status.study.layer}: front of {status.counts['finished']} finished trainings"
+    if baseline is not None:
+        title += f" (baseline KL {baseline:.3f} nats, hypervolume {status.hypervolume:.2f})"
+    if not status.front:
+        return Text(f"{title}: nothing inside the feasible box (kl_recovered ≥ 0.5, 1 ≤ l0 ≤ dictionary_size/4) yet")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("l0", "KL", "recovered", "no BOS", "top1", "CE rec.", "training"):
+        table.add_column(column, justify="left" if column == "training" else "right", no_wrap=True)
+    for training in status.front:
+        table.add_row(*_front_cells(training))
+    return Group(Text(title, style="bold"), table)
+
+
+def _front_cells(training: Training) -> list[str]:
+    def figure(name: str, form: str) -> str:
+        value = training.metrics.get(name)
+        return "–" if value is None else format(value, form)
+
+    return [
+        figure("l0", ".1f"),
+        figure("kl", ".4f"),
+        figure("kl_recovered", ".1%"),
+        figure("kl_recovered_no_bos", ".1%"),
+        figure("top1", ".1%"),
+        figure("ce_recovered", ".1%"),
+        training.label,
+    ]
+
+
+def state_table(statuses: list[StudyStatus]) -> Table:
+    """Trainings by state and tokens, per layer."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("layer", "open", "running", "finished", "failed", "tokens", "on front", "hypervolume"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for status in statuses:
+        done = sum(training.tokens_done for training in status.trainings)
+        planned = sum(training.tokens_planned for training in status.trainings)
+        counts = status.counts
+        table.add_row(
+            str(status.study.layer),
+            *(str(counts[state]) for state in ("open", "running", "finished", "failed")),
+            f"{done:,} of {planned:,}",
+            str(len(status.front)),
+            f"{status.hypervolume:.2f}",
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 05 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def size(n_bytes: int) -> str:
+    """Bytes in the largest decimal unit that leaves a number of one or more: `1.3 GB`."""
+    amount, unit = float(n_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if amount < 1000:
+            break
+        amount, unit = amount / 1000, larger
+    return f"{amount:.3g} {unit}"

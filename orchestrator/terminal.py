@@ -1,0 +1,165 @@
+"""A sweep's progress as a person watches it: redrawn on a terminal, line by line in a log."""
+
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from orchestrator.ledger import Ledger
+from orchestrator.plan import SweepPlan
+from orchestrator.status import StudyStatus, study_statuses
+from orchestrator.tables import duration, state_table
+from qkmodel.activation_build import BuildProgress
+
+LOG_SECONDS = 15.0
+
+
+class LiveProgress:
+    """The table that is redrawn while trainings run: rates and ETA since this start, and the best points so far."""
+
+    def __init__(self, plan: SweepPlan, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._studies = [study.study_id for study in plan.studies]
+        self._started = time.monotonic()
+        self._tokens_before = self._tokens_done(study_statuses(ledger, self._studies))
+        unfinished = sum(training.tokens_done for study in plan.studies for training in study.unfinished)
+        self._tokens_wanted = plan.trainings_left * plan.tokens_per_training - unfinished
+
+    def __rich__(self) -> RenderableType:
+        statuses = study_statuses(self._ledger, self._studies)
+        running = [one for status in statuses for one in status.trainings if one.state == "running"]
+        packs = len({one.pack for one in running})
+        line = f"{packs} pack{'s' if packs != 1 else ''} running · {self.rate()}"
+        best = [Text(line) for line in map(_best_line, statuses) if line]
+        return Group(state_table(statuses), Text(line, style="bold"), *best)
+
+    def rate(self) -> str:
+        """Speed since this start and the time that is left at that speed."""
+        statuses = study_statuses(self._ledger, self._studies)
+        seconds = time.monotonic() - self._started
+        done = self._tokens_done(statuses) - self._tokens_before
+        if done <= 0:
+            return "measuring speed"
+        rate = done / seconds
+        left = max(0, self._tokens_wanted - done) / rate
+        return f"{done:,} of {self._tokens_wanted:,} training-tokens, {rate:,.0f}/s, about {duration(left)} left"
+
+    @staticmethod
+    def _tokens_done(statuses: list[StudyStatus]) -> int:
+        return sum(training.tokens_done for status in statuses for training in status.trainings)
+
+
+def _best_line(status: StudyStatus) -> str:
+    if not status.front:
+        return ""
+    best = min(status.front, key=lambda training: training.metrics["kl"])
+    metrics = best.metrics
+    return (
+        f"layer {status.study.layer}: lowest KL {metrics['kl']:.4f} ({metrics['kl_recovered']:.1%} recovered) "
+        f"at l0 {metrics['l0']:.1f}, {best.label}"
+    )
+
+
+class TerminalView:
+    """A `SweepView` on a terminal: a bar while activations are cached, a live table while packs train.
+
+    A context manager, so that the terminal is whole again after an error.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,} of {task.total:,} tokens, {task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """One line that stays."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def cache_progress(self, state: BuildProgress) -> None:
+        """Tokens through the model so far."""
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("caching activations", total=state.tokens_total, rate=0.0)
+        self._progress.update(self._task, completed=state.tokens_done, rate=state.tokens_per_second)
+        if state.tokens_done >= state.tokens_total:
+            self._progress.stop()
+
+    def training_started(self, plan: SweepPlan, ledger: Ledger) -> None:
+        """From here on the live table redraws itself from the ledger."""
+        self.say(_start_line(plan))
+        self._live = Live(LiveProgress(plan, ledger), console=self._console, refresh_per_second=1, transient=True)
+        self._live.start()
+
+
+class LogView:
+    """A `SweepView` into a file or a pipe: a line every `LOG_SECONDS`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last_line = 0.0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def say(self, line: str) -> None:
+        """One line."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def cache_progress(self, state: BuildProgress) -> None:
+        """Tokens through the model so far."""
+        if state.tokens_done >= state.tokens_total or time.monotonic() - self._last_line >= LOG_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(
+                f"caching activations: {state.tokens_done:,} of {state.tokens_total:,} tokens, "
+                f"{state.tokens_per_second:,.0f} tokens/s, {duration(state.seconds_left)} left"
+            )
+
+    def training_started(self, plan: SweepPlan, ledger: Ledger) -> None:
+        """From here on a thread reads the ledger and says how far it is."""
+        self.say(_start_line(plan))
+        progress = LiveProgress(plan, ledger)
+
+        def log() -> None:
+            while not self._stop.wait(LOG_SECONDS):
+                self.say(progress.rate())
+
+        self._thread = threading.Thread(target=log, daemon=True)
+        self._thread.start()
+
+
+def _start_line(plan: SweepPlan) -> str:
+    packs = "1 pack" if plan.packs == 1 else f"{plan.packs} packs"
+    return f"training {plan.trainings_left} trainings in {packs}, {min(plan.slots, plan.packs)} at once"

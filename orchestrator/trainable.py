@@ -1,0 +1,179 @@
+"""The Ray Tune trainable that owns one pack, from its first batch to its members' dictionaries."""
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ray import tune
+
+from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, checkpoint_path, dictionary_path
+from orchestrator.versions import git_sha, package_versions
+from qkmodel.activations import ActivationCache
+from qkmodel.dictionary import DictionaryConfig, save_dictionary
+from qkmodel.errors import InputError
+from qkmodel.evaluation import evaluate, evaluate_briefly, evaluate_cross_entropy
+from qkmodel.pack import Member, PackTrainer, load_checkpoint, save_checkpoint
+from qkmodel.reference import load_reference
+
+if TYPE_CHECKING:
+    from qkmodel.language_model import LanguageModel
+
+# Validation sequences behind the progress figures; the final figures use all of them.
+BRIEF_SEQUENCES = 8
+
+_log = logging.getLogger(__name__)
+
+
+class PackTrainable(tune.Trainable):
+    """One call of `step` trains the pack to its next report, and writes before it answers.
+
+    A member's checkpoint, and at the end its dictionary, are on disk before the driver hears of them, so the
+    driver can always believe what it hears. Ray's own checkpoints hold nothing.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._model: LanguageModel | None = None
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._order = PackOrder.model_validate_json(new_config["order"])
+        self._trainer: PackTrainer | None = None
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing: `PackOrder.steps_done` says where the members stand."""
+
+    def _open(self) -> None:
+        order = self._order
+        # with reuse_actors this process may have run another pack on another number of threads
+        torch.set_num_threads(order.threads)
+        self._cache = ActivationCache.open(order.cache_folder)
+        self._layer, self._reference = load_reference(order.reference_file)
+        self._trainer = PackTrainer(
+            [member.hyperparameters for member in order.members],
+            self._layer,
+            self._cache,
+            self._reference,
+            order.training,
+            order.seed,
+        )
+        self._ids = [member.training_id for member in order.members]
+        if order.steps_done > 0:
+            for member, training_id in zip(self._trainer.members, self._ids, strict=True):
+                steps = load_checkpoint(member, checkpoint_path(order.sweep_folder, training_id), training_id)
+                if steps != order.steps_done:
+                    raise RuntimeError(f"checkpoint of {training_id} is at step {steps}, not {order.steps_done}")
+            self._trainer.steps_done = order.steps_done
+
+    def step(self) -> dict[str, Any]:
+        """Trains to the next report; the answer holds a `MemberReport` per member.
+
+        What goes wrong ends the pack and is answered as `error`: Tune would keep the reason to itself.
+        """
+        try:
+            if self._trainer is None:
+                self._open()
+            return self._train_and_report()
+        except (RuntimeError, OSError, MemoryError, InputError) as error:
+            _log.exception("pack %s", self._order.pack_id)
+            reason = str(error).strip().splitlines() or ["no message"]
+            return {"reports": [], "error": f"{type(error).__name__}: {reason[0]}", "done": True}
+
+    def _train_and_report(self) -> dict[str, Any]:
+        started = time.monotonic()
+        self._trainer.train(self._steps_to_next_report())
+        losses = [member.losses.take_means() for member in self._trainer.members]
+        reports = [
+            self._report(index, means) if _finite(means) else self._give_up(index) for index, means in enumerate(losses)
+        ]
+        self._keep([index for index, report in enumerate(reports) if report.error is None])
+        share = (time.monotonic() - started) / len(reports)
+        return {
+            "reports": [report.model_copy(update={"seconds": share}).model_dump() for report in reports],
+            "error": None,
+            "done": self._trainer.finished or not self._trainer.members,
+        }
+
+    def _steps_to_next_report(self) -> int:
+        training, per_step = self._order.training, self._trainer.tokens_per_step
+        interval = max(1, round((training.report_tokens or training.tokens / 8) / per_step))
+        return interval - self._trainer.steps_done % interval
+
+    def _report(self, index: int, losses: dict[str, float]) -> MemberReport:
+        member, training_id = self._trainer.members[index], self._ids[index]
+        finished = self._trainer.finished
+        metrics = self._final_metrics(member) if finished else losses | self._progress(member)
+        if not _finite(metrics):
+            return self._give_up(index)
+        path = checkpoint_path(self._order.sweep_folder, training_id)
+        save_checkpoint(member, path, training_id, self._trainer.steps_done)
+        report = MemberReport(training_id=training_id, tokens=self._trainer.tokens_done, seconds=0.0, metrics=metrics)
+        if not finished:
+            return report
+        sha256 = self._save_dictionary(training_id, member, metrics)
+        where = str(dictionary_path(training_id))
+        return report.model_copy(update={"dictionary": where, "dictionary_sha256": sha256})
+
+    def _progress(self, member: Member) -> dict[str, float]:
+        sequences = min(BRIEF_SEQUENCES, self._order.training.validation_sequences)
+        return evaluate_briefly(member.transcoder, self._layer, self._cache, self._reference, sequences)
+
+    def _final_metrics(self, member: Member) -> dict[str, float | None]:
+        training = self._order.training
+        metrics: dict[str, float | None] = dict(
+            evaluate(member.transcoder, self._layer, self._cache, self._reference, training.validation_sequences)
+        )
+        if training.patched_sequences > 0:
+            if self._model is None:
+                from qkmodel.language_model import load_language_model
+
+                self._model = load_language_model(self._order.model)
+            metrics |= evaluate_cross_entropy(
+                member.transcoder,
+                self._layer,
+                self._model,
+                self._cache,
+                self._reference,
+                training.patched_sequences,
+            )
+        return metrics
+
+    def _save_dictionary(self, training_id: str, member: Member, metrics: dict[str, float | None]) -> str:
+        order = self._order
+        config = DictionaryConfig(
+            training_id=training_id,
+            model=order.model_identity,
+            geometry=self._layer.geometry,
+            corpus=order.corpus_identity,
+            training=order.training,
+            sweep_seed=order.seed,
+            hyperparameters=member.hyperparameters,
+            metrics=metrics,
+            versions=package_versions(),
+            git_sha=git_sha(),
+        )
+        return save_dictionary(
+            order.sweep_folder / dictionary_path(training_id), member.transcoder, self._layer, config
+        )
+
+    def _give_up(self, index: int) -> MemberReport:
+        return MemberReport(
+            training_id=self._ids[index],
+            tokens=self._trainer.tokens_done,
+            seconds=0.0,
+            metrics={},
+            error=f"{DIVERGED} by token {self._trainer.tokens_done}; try a lower learning rate",
+        )
+
+    def _keep(self, indices: list[int]) -> None:
+        self._trainer.members = [self._trainer.members[index] for index in indices]
+        self._ids = [self._ids[index] for index in indices]
+
+
+def _finite(metrics: dict[str, float | None]) -> bool:
+    return all(value is None or math.isfinite(value) for value in metrics.values())

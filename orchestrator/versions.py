@@ -1,0 +1,38 @@
+"""Which code made a result."""
+
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RECORDED_PACKAGES = ("torch", "transformer_lens", "transformers", "ray", "optuna", "mlflow", "safetensors", "numpy")
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that can move a figure, and of this project."""
+    found = {}
+    for name in ("qk-sweep-orchestrator", *RECORDED_PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def git_sha() -> str | None:
+    """The commit that this source tree stands at, `-dirty` when it was changed since; None outside a checkout."""
+    try:
+        # an installed copy may lie inside the checkout of something else
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    answer = subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+    )
+    return answer.stdout.strip()

@@ -1,0 +1,242 @@
+"""The command line from outside: what it prints, its exit codes, and that mistakes leave nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.ledger import LEDGER_FILE, Ledger
+from tests.orchestrator.sweep_files import write_sweep
+
+
+def orchestrate(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with runs/small in it: a front of two and one beaten, one failed, one running, one open."""
+    root = tmp_path_factory.mktemp("swept")
+    ledger = Ledger(root / "runs" / "small" / LEDGER_FILE)
+    ledger.open_sweep("small", {"tracking": None}, None, {})
+    ledger.open_study("late", "transcoder", 8, {})
+    ledger.set_reference("late", {"kl_baseline": 2.0, "kl_cache": 1e-5, "l0_cap": 128.0})
+    ledger.open_study("early", "transcoder", 4, {})
+    results = {"low": (8.0, 0.5), "high": (32.0, 0.125), "beaten": (32.0, 0.25), "collapsed": (0.5, 0.75)}
+    for number, (identifier, (l0, kl)) in enumerate(results.items()):
+        add(ledger, "late", identifier, seed=number)
+        ledger.report(identifier, 1000, {"loss": 0.5}, seconds=1.0)
+        metrics = {"kl": kl, "l0": l0, "l0_query": l0 - 1, "l0_key": l0 + 1, "kl_recovered": 1 - kl / 2, "top1": 0.75}
+        ledger.finish(identifier, metrics, f"dictionaries/{identifier}", identifier * 2)
+    add(ledger, "late", "lost", seed=4)
+    ledger.fail("lost", "loss was not finite by token 300; try a [lower] learning rate")
+    add(ledger, "early", "going", seed=0)
+    ledger.start("going", "pack-0001", {})
+    ledger.report("going", 250, {"loss": 0.5}, seconds=1.0)
+    add(ledger, "early", "waiting", seed=1)
+    ledger.close()
+    return root
+
+
+def add(ledger: Ledger, study: str, identifier: str, seed: int) -> None:
+    hyperparameters = {"dictionary_size": 512, "activation": "topk", "k": 16, "learning_rate": 3e-3, "seed": seed}
+    ledger.add_training(study, identifier, hyperparameters, 1000)
+
+
+def record(*arguments: str, cwd: Path) -> dict[str, Any]:
+    """What a command prints as JSON, alone on standard output."""
+    ran = orchestrate(*arguments, "--json", cwd=cwd)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ["sweep", "status", "fronts", "ui"]),
+        (["sweep"], ["FILE", "KEY=VALUE", "--dry-run", "--json"]),
+        (["status"], ["SWEEP", "--json"]),
+        (["fronts"], ["SWEEP", "--json"]),
+        (["ui"], ["SWEEP", "--port"]),
+    ],
+)
+def test_help(tmp_path: Path, command: list[str], words: list[str]) -> None:
+    ran = orchestrate(*command, "--help", cwd=tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [word for word in words if word not in ran.stdout] == []
+
+
+def test_status_as_json(swept: Path) -> None:
+    assert record("status", "small", cwd=swept) == {
+        "sweep": "small",
+        "folder": "runs/small",
+        "trainings": {"open": 1, "running": 1, "finished": 4, "failed": 1},
+        "tokens_done": 4250,
+        "tokens_planned": 7000,
+        "studies": [
+            {
+                "study_id": "early",
+                "layer": 4,
+                "trainings": {"open": 1, "running": 1, "finished": 0, "failed": 0},
+                "tokens_done": 250,
+                "tokens_planned": 2000,
+                "front": 0,
+                "hypervolume": 0.0,
+            },
+            {
+                "study_id": "late",
+                "layer": 8,
+                "trainings": {"open": 0, "running": 0, "finished": 4, "failed": 1},
+                "tokens_done": 4000,
+                "tokens_planned": 5000,
+                "front": 2,
+                # up to l0 128 and kl 2: four halvings of l0 by two of kl, and two by two more
+                "hypervolume": 12.0,
+            },
+        ],
+        "failures": [
+            {
+                "training_id": "lost",
+                "layer": 8,
+                "error": "loss was not finite by token 300; try a [lower] learning rate",
+            }
+        ],
+    }
+
+
+def test_fronts_as_json(swept: Path) -> None:
+    fronts = record("fronts", "small", cwd=swept)
+    assert fronts["sweep"] == "small"
+    early, late = fronts["fronts"]
+    nothing = {"kl_baseline": None, "kl_cache": None, "hypervolume": 0.0, "trainings": []}
+    assert early == {"study_id": "early", "layer": 4} | nothing
+    members = late.pop("trainings")
+    assert late == {"study_id": "late", "layer": 8, "kl_baseline": 2.0, "kl_cache": 1e-5, "hypervolume": 12.0}
+    assert [member["training_id"] for member in members] == ["low", "high"]
+    assert members[0] == {
+        "training_id": "low",
+        "kl": 0.5,
+        "kl_recovered": 0.75,
+        "kl_no_bos": None,
+        "kl_recovered_no_bos": None,
+        "l0_query": 7.0,
+        "l0_key": 9.0,
+        "l0": 8.0,
+        "top1": 0.75,
+        "max_error": None,
+        "ce_recovered": None,
+        "dictionary": "runs/small/dictionaries/low",
+        "dictionary_sha256": "lowlow",
+        "hyperparameters": {
+            "dictionary_size": 512,
+            "activation": "topk",
+            "k": 16,
+            "learning_rate": 0.003,
+            "seed": 0,
+        },
+    }
+
+
+def test_a_sweep_is_found_by_name_by_folder_and_by_file(swept: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, storage=str(swept / "runs"))
+    expected = record("fronts", "small", cwd=swept)["fronts"][1]["trainings"]
+    for sweep in (str(swept / "runs" / "small"), str(file)):
+        found = record("fronts", sweep, cwd=tmp_path)["fronts"][1]["trainings"]
+        # everything but the way to the dictionaries is the same
+        assert [one | {"dictionary": None} for one in found] == [one | {"dictionary": None} for one in expected]
+        assert [one["dictionary"] for one in found] == [str(swept / one["dictionary"]) for one in expected]
+
+
+def test_tables_for_people(swept: Path) -> None:
+    status = orchestrate("status", "small", cwd=swept)
+    assert (status.returncode, status.stderr) == (0, "")
+    # the reason of a failure is printed as it stands, markup or not
+    assert "failed: lost (layer 8): loss was not finite by token 300; try a [lower] learning rate" in status.stdout
+    assert "4,000 of 5,000" in status.stdout
+    fronts = orchestrate("fronts", "small", cwd=swept)
+    rows = [line.split() for line in fronts.stdout.splitlines() if "L08" in line]
+    assert [row[:3] for row in rows] == [["8.0", "0.5000", "75.0%"], ["32.0", "0.1250", "93.8%"]]
+    assert "layer 4: front of 0 finished trainings: nothing inside the feasible box" in fronts.stdout
+
+
+@pytest.mark.parametrize("command", ["status", "fronts"])
+def test_an_unknown_sweep_is_answered_with_one_line(tmp_path: Path, command: str) -> None:
+    ran = orchestrate(command, "nowhere", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: nowhere: no sweep of that name;")
+    assert ran.stderr.count("\n") == 1
+    assert ran.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_sweep_is_answered_with_one_line(tmp_path: Path) -> None:
+    ran = orchestrate("fronts", ".", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: no sweep here: ") and ran.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# top-level keys of the sweep file, overrides, what the line has to say
+BROKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "layer out of range": ({"layers": [1, 30]}, [], ["layers: 30", "smollm2-135m", "0 to 29"]),
+    "unknown model": ({"model": "smollm2-136m"}, [], ["model.name smollm2-136m", "did you mean smollm2-135m?"]),
+    "missing corpus": ({"corpus": {"name": "./text.txt"}}, [], ["corpus.name", "./text.txt", "no such file"]),
+    "layer twice": ({"layers": [1, 1]}, [], ["layers: [1, 1]", "keep one"]),
+    "less than a batch": ({}, ["training.tokens=1000"], ["training.tokens: 1000", "1024", "or more"]),
+    "name of a folder above": ({"name": "../up"}, [], ["name", '"../up"', "letters, digits"]),
+    "misspelt key": ({"layer": [1]}, [], ["layer: is no key here", "did you mean layers?"]),
+    "not a number": ({}, ["training.tokens=many"], ["training.tokens", '"many"', "whole number"]),
+    "grid larger than the budget": ({}, ["search.trainings=3"], ["4 points", "search.trainings is 3", "raise it to 4"]),
+    "password in a bad address": (
+        {"tracking": "ftp://me:hunter2@host"},
+        [],
+        ["tracking", "ftp://me:***@host", "http://localhost:5000"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_sweep_file_is_one_line_and_leaves_nothing(tmp_path: Path, case: str) -> None:
+    keys, overrides, expected = BROKEN[case]
+    written, cwd, cache = tmp_path / "written", tmp_path / "cwd", tmp_path / "cache"
+    for folder in (written, cwd):
+        folder.mkdir()
+    file = write_sweep(written, **{"storage": "runs"} | keys)
+    before = sorted(written.rglob("*"))
+    ran = orchestrate("sweep", str(file), *overrides, cwd=cwd, XDG_CACHE_HOME=str(cache))
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
+    assert [part for part in expected if part not in ran.stderr] == [], ran.stderr
+    assert "hunter2" not in ran.stderr
+    assert list(cwd.iterdir()) == []
+    assert sorted(written.rglob("*")) == before
+    # a hash of the model's weights may be remembered, in the cache, but nothing is converted or loaded
+    assert {path.name for path in cache.glob("qkmodel/*")} <= {"sha256"}
+
+
+def test_a_sweep_file_that_is_not_there(tmp_path: Path) -> None:
+    ran = orchestrate("sweep", "sweeps/l1.yaml", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert "sweeps/l1.yaml: there is no such file" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_mistakes_do_not_wait_for_heavy_libraries(tmp_path: Path) -> None:
+    script = (
+        "import sys; from orchestrator.cli import app;"
+        "print({'torch', 'transformers', 'ray', 'optuna', 'mlflow'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"

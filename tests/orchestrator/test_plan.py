@@ -1,0 +1,173 @@
+"""What a sweep file asks for beyond what its ledger holds, on the bundled model's real description."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import load_sweep
+from orchestrator.identity import training_id
+from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.plan import SweepPlan, machine_cpus, make_plan
+from qkmodel.errors import InputError
+from tests.orchestrator.sweep_files import TOPK_GRID, write_sweep
+
+RANGE = {
+    "dictionary_size": 128,
+    "activation": "topk",
+    "k": 8,
+    "learning_rate": {"low": 1e-3, "high": 1e-2, "log": True},
+}
+
+
+def plan_of(file: Path, *overrides: str) -> SweepPlan:
+    return make_plan(load_sweep(file, overrides))
+
+
+def train(plan: SweepPlan, layer: int, states: dict[int, str], **changed: object) -> None:
+    """Put trainings of the TopK grid into the plan's ledger: k -> state, each with 128 features unless `changed`."""
+    ledger = Ledger(plan.folder / LEDGER_FILE)
+    ledger.open_sweep(plan.config.name, {}, None, {})
+    (study,) = [study for study in plan.studies if study.layer == layer]
+    ledger.open_study(study.study_id, "transcoder", layer, study.identity)
+    for k, state in states.items():
+        point = {"dictionary_size": 128, "activation": "topk", "k": k, "learning_rate": 6e-3, "seed": 0} | changed
+        identifier = training_id(study.study_id, point)
+        ledger.add_training(study.study_id, identifier, point, plan.tokens_per_training)
+        match state:
+            case "running":
+                ledger.start(identifier, "pack-0001", {})
+            case "failed":
+                ledger.fail(identifier, "its worker died")
+            case "finished":
+                ledger.finish(identifier, {"kl": 0.1, "l0": float(k)}, f"dictionaries/{identifier}", "dd")
+    ledger.close()
+
+
+def work(plan: SweepPlan) -> list[tuple[int, int, int]]:
+    """(finished, unfinished, new) of each study."""
+    return [(study.finished, len(study.unfinished), study.new) for study in plan.studies]
+
+
+def test_counts_of_a_sweep_that_was_never_started(tmp_path: Path) -> None:
+    plan = plan_of(write_sweep(tmp_path), "training.batch_sequences=3", "pack=3")
+    assert [study.layer for study in plan.studies] == [1, 2]
+    assert work(plan) == [(0, 0, 4), (0, 0, 4)]
+    assert (plan.trainings_left, plan.packs, plan.pack_size) == (8, 4, 3)
+    # 4,096 tokens are 10.7 batches of 3 x 128: eleven whole ones
+    assert plan.tokens_per_training == 11 * 3 * 128
+    assert plan.train_sequences == 33
+    assert (plan.model.n_layers, plan.model.d_model) == (30, 576)
+    assert plan.corpus.documents == 12
+    # per sequence and layer 128 x 576 activations of two bytes, and once 128 token ids of four
+    assert plan.cache_bytes() == (33 + 16) * 128 * (2 * 576 * 2 + 4)
+    assert plan.missing().sequences == 64 + 64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        (["pack=1"], 1),
+        (["pack=7"], 7),
+        # one CPU per pack: as many packs as CPUs, if there are trainings enough
+        ([], min(4, -(-8 // machine_cpus()))),
+        # one pack at a time takes all trainings of a layer
+        ([f"resources.pack.cpu={machine_cpus()}"], 4),
+        ([f"resources.pack.cpu={machine_cpus()}", "search.space.seed=[0,1,2,3]", "search.trainings=16"], 8),
+    ],
+)
+def test_pack_size(tmp_path: Path, overrides: list[str], size: int) -> None:
+    assert plan_of(write_sweep(tmp_path), *overrides).pack_size == size
+
+
+def test_a_search_that_learns_gets_smaller_packs(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, search={"sampler": "tpe", "trainings": 40, "space": RANGE})
+    plan = plan_of(file, f"resources.pack.cpu={machine_cpus()}")
+    assert (plan.sampler, plan.pack_size, plan.trainings_left) == ("tpe", 4, 80)
+
+
+def test_every_state_counts_once_and_only_in_its_own_study(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    train(plan_of(file), 2, {8: "finished", 16: "running"})
+    train(plan_of(file), 2, {8: "failed", 16: "open"}, dictionary_size=256)
+    plan = plan_of(file)
+    assert work(plan) == [(0, 0, 4), (1, 3, 0)]
+    assert plan.trainings_left == 7
+    assert {training.state for training in plan.studies[1].unfinished} == {"running", "failed", "open"}
+
+
+def test_an_edited_grid_trains_only_what_is_missing(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    train(plan_of(file), 1, {8: "finished", 16: "finished"})
+    assert work(plan_of(file))[0] == (2, 0, 2)
+    larger = plan_of(file, "search.space.k=[8,16,32]", "search.trainings=6")
+    assert work(larger)[0] == (2, 0, 4)
+    # what is finished or open outside the grid is neither counted nor continued
+    train(plan_of(file), 1, {16: "open"}, dictionary_size=256)
+    smaller = plan_of(file, "search.space.k=8")
+    assert work(smaller)[0] == (1, 0, 1)
+    disjoint = plan_of(file, "search.space.learning_rate=1e-3")
+    assert work(disjoint)[0] == (0, 0, 4)
+
+
+def test_points_inside_a_range_but_off_its_grid_do_not_count(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    train(plan_of(file), 1, {8: "finished", 12: "finished", 14: "failed"})
+    plan = plan_of(file, "search.space.dictionary_size=128", "search.space.k={low:8,high:16,points:2}")
+    assert work(plan)[0] == (1, 0, 1)
+
+
+def test_a_sampled_search_counts_against_its_budget_whatever_lies_in_its_space(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, search={"sampler": "random", "trainings": 5, "space": RANGE})
+    train(plan_of(file), 1, {8: "finished"}, learning_rate=2e-3)
+    train(plan_of(file), 1, {8: "failed"}, learning_rate=3e-3)
+    # outside the space
+    train(plan_of(file), 1, {8: "finished"}, learning_rate=0.5)
+    assert work(plan_of(file))[0] == (1, 1, 3)
+    assert work(plan_of(file, "search.trainings=1"))[0] == (1, 1, 0)
+
+
+def test_a_space_with_fewer_points_than_the_budget_is_all_there_is_to_train(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, search={"sampler": "random", "trainings": 50, "space": TOPK_GRID})
+    assert work(plan_of(file)) == [(0, 0, 4), (0, 0, 4)]
+    train(plan_of(file), 1, {8: "finished", 16: "finished"})
+    assert work(plan_of(file))[0] == (2, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("layers=[1,30]", ["layers", "30", "smollm2-135m", "0 to 29"]),
+        ("corpus.context=8193", ["corpus.context", "8193", "smollm2-135m", "at most 8192"]),
+        ("resources.pack.cpu=4096", ["resources.pack.cpu", "4096", f"at most {machine_cpus()}"]),
+        ("model=smolm2-135m", ["model.name", "smolm2-135m", "did you mean smollm2-135m?"]),
+        ("model=./nowhere", ["model.name", "./nowhere", "no such folder"]),
+        ("corpus.name=nowhere/text.txt", ["corpus.name", "nowhere/text.txt", "no such file"]),
+        ("corpus.name=.", ["corpus.name", "no .txt, .jsonl, .parquet file"]),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_key_and_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, expected: list[str]
+) -> None:
+    file = write_sweep(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(InputError) as caught:
+        plan_of(file, "training.tokens=100_000", override)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert [part for part in expected if part not in message] == [], message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_planning_creates_and_changes_nothing(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    train(plan_of(file), 1, {8: "finished", 16: "running"})
+
+    def tree() -> dict[str, bytes | None]:
+        return {str(path): path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
+    before = tree()
+    plan = plan_of(file)
+    plan.missing()
+    assert plan.trainings_left == 7
+    assert tree() == before

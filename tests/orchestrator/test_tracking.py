@@ -1,0 +1,409 @@
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestrator.ledger import Ledger
+from orchestrator.tracking import Tracker, TrackingThread, TrackingUnavailable, tracking_address
+from qkmodel.errors import InputError
+
+DEAD_ADDRESS = "http://user:hunter2@127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An empty MLflow database: its first migration takes seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").get_experiment_by_name("none")
+    return (folder / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def storage(tmp_path: Path, migrated: bytes) -> Path:
+    storage = tmp_path / "run s"
+    storage.mkdir()
+    (storage / "mlflow.db").write_bytes(migrated)
+    return storage
+
+
+@pytest.fixture
+def ledger(storage: Path) -> Ledger:
+    ledger = Ledger(storage / "l1" / "ledger.sqlite")
+    ledger.open_sweep("l1", {"name": "l1", "layers": [8]}, "abc123", {"torch": "2.13.0"})
+    ledger.open_study("study", "transcoder", 8, {})
+    return ledger
+
+
+def start(ledger: Ledger, training_id: str, k: int = 16) -> None:
+    hyperparameters = {"dictionary_size": 512, "activation": "topk", "k": k, "learning_rate": 3e-3, "seed": 0}
+    ledger.add_training("study", training_id, hyperparameters, 1000)
+    ledger.start(training_id, "pack-0", {"device": "cpu"})
+
+
+def finish(ledger: Ledger, training_id: str, l0: float, kl: float) -> None:
+    folder = ledger.folder / "dictionaries" / training_id
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_text(training_id)
+    metrics = {"kl": kl, "l0": l0, "kl_recovered": 1 - kl / 2, "ce_recovered": None}
+    ledger.finish(training_id, metrics, f"dictionaries/{training_id}", "aa" * 32)
+
+
+def client_of(storage: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=tracking_address(None, storage)[0])
+
+
+def runs(storage: Path) -> tuple[Run, dict[str, Run]]:
+    """The one parent run, and the children by training id."""
+    client = client_of(storage)
+    found = client.search_runs([client.get_experiment_by_name("l1").experiment_id])
+    (parent,) = [run for run in found if "qk.sweep" in run.data.tags]
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    by_id = {run.data.tags["qk.training_id"]: run for run in children}
+    assert len(by_id) == len(children) == len(found) - 1
+    return parent, by_id
+
+
+def history(storage: Path, run: Run, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client_of(storage).get_metric_history(run.info.run_id, name)]
+
+
+def artifacts(storage: Path, run: Run, folder: str) -> set[str]:
+    return {item.path for item in client_of(storage).list_artifacts(run.info.run_id, folder)}
+
+
+def front_table(storage: Path, parent: Run) -> list[dict]:
+    """The rows of the table that MLflow's page of the parent run shows for layer 8."""
+    assert json.loads(parent.data.tags["mlflow.loggedArtifacts"]) == [{"path": "fronts/L08.json", "type": "table"}]
+    table = json.loads(Path(client_of(storage).download_artifacts(parent.info.run_id, "fronts/L08.json")).read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def test_mlflow_shows_what_the_ledger_holds(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    ledger.report("one", 500, {"loss": 0.9, "top1": float("nan")}, seconds=1.0)
+    ledger.report("one", 1000, {"loss": 0.4}, seconds=2.0)
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    Tracker(None, storage, ledger).deliver()
+
+    parent, children = runs(storage)
+    (child,) = children.values()
+    training = ledger.training("one")
+    assert child.info.run_name == "L08 topk16 d512 lr3e-3 s0"
+    assert child.info.status == "FINISHED"
+    assert child.info.start_time == int(training.started.timestamp() * 1000)
+    assert child.info.end_time == int(training.finished.timestamp() * 1000)
+    assert child.data.params["layer"] == "8"
+    assert child.data.params["k"] == "16"
+    assert child.data.metrics == {"loss": 0.4, "kl": 0.1, "l0": 16.0, "kl_recovered": 0.95}
+    assert history(storage, child, "loss") == [(500, 0.9), (1000, 0.4)]
+    assert history(storage, child, "kl") == [(1000, 0.1)]
+    assert child.data.tags["pareto"] == "true"
+    assert child.data.tags["state"] == "finished"
+    assert artifacts(storage, child, "dictionary") == {"dictionary/weights.safetensors"}
+    assert (parent.info.run_name, parent.info.status) == ("l1", "RUNNING")
+    assert parent.data.tags["mlflow.source.git.commit"] == "abc123"
+    assert artifacts(storage, parent, "fronts") == {"fronts/L08.png", "fronts/L08.html", "fronts/L08.json"}
+    assert artifacts(storage, parent, "") == {"fronts", "sweep.yaml"}
+    (row,) = front_table(storage, parent)
+    assert (row["training"], row["kl"], row["k"]) == ("L08 topk16 d512 lr3e-3 s0", 0.1, 16)
+
+
+def test_delivering_again_changes_nothing(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    ledger.report("one", 500, {"loss": 0.9}, seconds=1.0)
+    tracker = Tracker(None, storage, ledger)
+    tracker.deliver()
+    tracker.deliver()
+    ledger.report("one", 1000, {"loss": 0.4}, seconds=2.0)
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    tracker.deliver()
+    before = runs(storage)
+    notes = ledger.delivered()
+    Tracker(None, storage, ledger).deliver()
+    tracker.deliver()
+    after = runs(storage)
+    assert history(storage, after[1]["one"], "loss") == [(500, 0.9), (1000, 0.4)]
+    assert after[1]["one"].to_dictionary() == before[1]["one"].to_dictionary()
+    assert after[0].to_dictionary() == before[0].to_dictionary()
+    assert ledger.delivered() == notes
+
+
+def test_a_delivery_whose_notes_were_lost_leaves_no_duplicates(storage: Path, ledger: Ledger) -> None:
+    """The worst cut: everything arrived and nothing was noted."""
+    start(ledger, "one")
+    ledger.report("one", 500, {"loss": 0.9, "kl": 0.2}, seconds=1.0)
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    Tracker(None, storage, ledger).deliver()
+    with sqlite3.connect(ledger.path) as connection:
+        connection.execute("DELETE FROM deliveries")
+    Tracker(None, storage, ledger).deliver()
+    parent, children = runs(storage)
+    assert sorted(history(storage, children["one"], "kl")) == [(500, 0.1), (500, 0.2)]
+    assert children["one"].data.metrics["kl"] == 0.1
+    assert history(storage, children["one"], "loss") == [(500, 0.9)]
+    assert len(front_table(storage, parent)) == 1
+
+
+def test_a_training_that_leaves_the_front_loses_its_tag(storage: Path, ledger: Ledger) -> None:
+    tracker = Tracker(None, storage, ledger)
+    start(ledger, "first")
+    finish(ledger, "first", l0=16.0, kl=0.5)
+    tracker.deliver()
+    assert runs(storage)[1]["first"].data.tags["pareto"] == "true"
+    start(ledger, "better", k=8)
+    finish(ledger, "better", l0=8.0, kl=0.4)
+    start(ledger, "collapsed", k=4)
+    finish(ledger, "collapsed", l0=0.0, kl=1.9)
+    tracker.deliver()
+    parent, children = runs(storage)
+    assert {name for name, run in children.items() if "pareto" in run.data.tags} == {"better"}
+    assert artifacts(storage, children["better"], "dictionary") == {"dictionary/weights.safetensors"}
+    assert artifacts(storage, children["collapsed"], "dictionary") == set()
+    assert [row["id"] for row in front_table(storage, parent)] == ["better"]
+
+
+def test_a_failed_training_shows_why_until_it_is_taken_up_again(storage: Path, ledger: Ledger) -> None:
+    tracker = Tracker(None, storage, ledger)
+    start(ledger, "one")
+    ledger.fail("one", "loss is not finite at 300 tokens")
+    tracker.deliver()
+    child = runs(storage)[1]["one"]
+    assert (child.info.status, child.data.tags["error"]) == ("FAILED", "loss is not finite at 300 tokens")
+    ledger.reopen("one")
+    tracker.deliver()
+    start(ledger, "one")
+    tracker.deliver()
+    child = runs(storage)[1]["one"]
+    assert (child.info.status, child.data.tags["state"]) == ("RUNNING", "running")
+    assert "error" not in child.data.tags
+
+
+def test_a_training_that_never_started_has_no_run(storage: Path, ledger: Ledger) -> None:
+    ledger.add_training("study", "waiting", {"dictionary_size": 512}, 1000)
+    Tracker(None, storage, ledger).deliver()
+    assert runs(storage)[1] == {}
+
+
+def test_the_parent_says_whether_the_sweep_ended_or_was_interrupted(storage: Path, ledger: Ledger) -> None:
+    tracker = Tracker(None, storage, ledger)
+    start(ledger, "one")
+    tracker.deliver(closing=True)
+    assert runs(storage)[0].info.status == "KILLED"
+    tracker.deliver()
+    assert runs(storage)[0].info.status == "RUNNING"
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    tracker.deliver(closing=True)
+    assert runs(storage)[0].info.status == "FINISHED"
+
+
+def test_more_reports_than_a_batch_holds_arrive_in_order(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    ledger.report("one", 500, {f"m{index:04d}": float(index) for index in range(2100)}, seconds=1.0)
+    Tracker(None, storage, ledger).deliver()
+    assert runs(storage)[1]["one"].data.metrics == {f"m{index:04d}": float(index) for index in range(2100)}
+
+
+def test_what_was_deleted_in_mlflow_is_delivered_anew(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    ledger.report("one", 500, {"loss": 0.9}, seconds=1.0)
+    Tracker(None, storage, ledger).deliver()
+    client_of(storage).delete_run(runs(storage)[1]["one"].info.run_id)
+    Tracker(None, storage, ledger).deliver()
+    assert history(storage, runs(storage)[1]["one"], "loss") == [(500, 0.9)]
+
+
+def test_a_sweep_begun_afresh_under_the_same_name_has_its_own_parent(storage: Path, ledger: Ledger) -> None:
+    Tracker(None, storage, ledger).deliver()
+    other = Ledger(storage / "other" / "ledger.sqlite")
+    other.open_sweep("l1", {}, None, {})
+    Tracker(None, storage, other).deliver()
+    client = client_of(storage)
+    found = client.search_runs([client.get_experiment_by_name("l1").experiment_id])
+    assert len({run.data.tags["qk.sweep"] for run in found}) == len(found) == 2
+
+
+def test_a_missing_dictionary_does_not_hold_up_the_rest(
+    storage: Path, ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(ledger, "one")
+    ledger.finish("one", {"kl": 0.1, "l0": 16.0, "kl_recovered": 0.9}, "dictionaries/gone", "aa")
+    Tracker(None, storage, ledger).deliver()
+    assert runs(storage)[1]["one"].data.tags["pareto"] == "true"
+    assert "dictionaries/gone is gone" in caplog.text
+
+
+def test_a_dead_server_is_said_quickly_in_one_line_without_the_password(storage: Path, ledger: Ledger) -> None:
+    began = time.monotonic()
+    with pytest.raises(TrackingUnavailable) as caught:
+        Tracker(DEAD_ADDRESS, storage, ledger).deliver()
+    assert time.monotonic() - began < 20
+    message = str(caught.value)
+    assert "127.0.0.1:9" in message
+    assert "\n" not in message
+    assert "hunter2" not in message
+    assert ledger.delivered() == {}
+
+
+def test_a_dead_database_is_said_quickly(storage: Path, ledger: Ledger) -> None:
+    (storage / "broken.db").write_text("no database at all, though it is long enough to look at " * 4)
+    for database in ("nowhere/mlflow.db", "broken.db"):
+        began = time.monotonic()
+        with pytest.raises(TrackingUnavailable, match=database):
+            Tracker(f"sqlite:///{storage}/{database}", storage, ledger).deliver()
+        assert time.monotonic() - began < 5
+
+
+def test_the_thread_delivers_and_ends_the_parent(storage: Path, ledger: Ledger) -> None:
+    thread = TrackingThread(Tracker(None, storage, ledger), interval=0.05)
+    start(ledger, "one")
+    deadline = time.monotonic() + 30
+    while not any("status" in notes for notes in ledger.delivered().values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    assert thread.stop() is None
+    parent, children = runs(storage)
+    assert (parent.info.status, children["one"].info.status) == ("FINISHED", "FINISHED")
+
+
+def test_the_thread_survives_an_absent_server_and_tells_the_error(storage: Path, ledger: Ledger) -> None:
+    thread = TrackingThread(Tracker(f"sqlite:///{storage}/nowhere/mlflow.db", storage, ledger), interval=0.05)
+    deadline = time.monotonic() + 30
+    while thread.error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (storage / "nowhere").mkdir()
+    (storage / "nowhere" / "mlflow.db").write_bytes((storage / "mlflow.db").read_bytes())
+    assert thread.stop() is None
+
+
+@pytest.mark.parametrize("notes_before_the_kill", [1, 8, 20])
+def test_a_kill_in_the_middle_of_a_delivery_leaves_no_duplicates(
+    storage: Path, ledger: Ledger, notes_before_the_kill: int
+) -> None:
+    expected = [(100 * step, float(step)) for step in range(1, 6)]
+    for number in range(8):
+        start(ledger, f"t{number}", k=number + 1)
+        for tokens, value in expected:
+            ledger.report(f"t{number}", tokens, {"loss": value}, seconds=1.0)
+        finish(ledger, f"t{number}", l0=number + 1.0, kl=0.5 / (number + 1))
+    script = f"""
+from pathlib import Path
+from orchestrator.ledger import Ledger
+from orchestrator.tracking import Tracker
+storage = Path({str(storage)!r})
+Tracker(None, storage, Ledger.open_existing(storage / "l1" / "ledger.sqlite")).deliver()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while sum(map(len, ledger.delivered().values())) < notes_before_the_kill:
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    Tracker(None, storage, ledger).deliver()
+    _, children = runs(storage)
+    assert len(children) == 8
+    for child in children.values():
+        assert history(storage, child, "loss") == expected
+        assert history(storage, child, "kl_recovered") == [(500, child.data.metrics["kl_recovered"])]
+        assert child.info.status == "FINISHED"
+
+
+def test_the_first_delivery_to_a_new_database_prints_nothing(tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from orchestrator.ledger import Ledger
+from orchestrator.tracking import Tracker
+storage = Path({str(tmp_path)!r})
+ledger = Ledger(storage / "l1" / "ledger.sqlite")
+ledger.open_sweep("l1", {{}}, None, {{}})
+Tracker(None, storage, ledger).deliver(closing=True)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert runs(tmp_path)[0].info.artifact_uri.startswith((tmp_path / "mlflow-artifacts" / "l1").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("tracking", "address", "has_root"),
+    [
+        (None, "sqlite:////store/mlflow.db", True),
+        ("http://mlflow:5000", "http://mlflow:5000", False),
+        ("https://mlflow.example", "https://mlflow.example", False),
+        ("sqlite:///mine.db", "sqlite:///mine.db", True),
+        ("postgresql+psycopg2://me@db/x", "postgresql+psycopg2://me@db/x", True),
+    ],
+)
+def test_tracking_address(tracking: str | None, address: str, has_root: bool) -> None:
+    root = "file:///store/mlflow-artifacts" if has_root else None
+    assert tracking_address(tracking, Path("/store")) == (address, root)
+
+
+@pytest.mark.parametrize("tracking", ["mlruns", "/var/mlruns", "file:///mlruns", "ftp://me:pw@host/x", ""])
+def test_an_address_that_mlflow_cannot_use_is_refused(tracking: str) -> None:
+    with pytest.raises(InputError, match="tracking") as caught:
+        tracking_address(tracking, Path("/store"))
+    assert "pw" not in str(caught.value)
+
+
+@pytest.mark.system
+def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: bytes) -> None:
+    (tmp_path / "server.db").write_bytes(migrated)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ledger = Ledger(tmp_path / "l1" / "ledger.sqlite")
+    ledger.open_sweep("l1", {}, None, {})
+    ledger.open_study("study", "transcoder", 8, {})
+    tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path, ledger)
+    start(ledger, "one")
+    ledger.report("one", 100, {"loss": 1.0}, seconds=1.0)
+    with server(tmp_path, port):
+        tracker.deliver()
+    ledger.report("one", 200, {"loss": 0.5}, seconds=2.0)
+    with pytest.raises(TrackingUnavailable, match=str(port)):
+        tracker.deliver()
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    with server(tmp_path, port):
+        tracker.deliver(closing=True)
+        client = MlflowClient(tracking_uri=tracker.address)
+        found = client.search_runs([client.get_experiment_by_name("l1").experiment_id])
+        assert sorted(run.info.status for run in found) == ["FINISHED", "FINISHED"]
+        (child,) = [run for run in found if "qk.training_id" in run.data.tags]
+        points = client.get_metric_history(child.info.run_id, "loss")
+        assert [(point.step, point.value) for point in points] == [(100, 1.0), (200, 0.5)]
+        weights = client.download_artifacts(child.info.run_id, "dictionary/weights.safetensors", str(tmp_path))
+        assert Path(weights).read_text() == "one"
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        f"{folder}/art",
+    ]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "server.log", "ab") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
