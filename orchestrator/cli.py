@@ -15,7 +15,8 @@ from rich.console import Console
 
 from orchestrator.addresses import HIDDEN, redact_url
 from orchestrator.config import SweepConfig, load_sweep
-from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import fronts_record, status_record, study_statuses
 from orchestrator.tables import front_table, state_table
 from qkmodel.errors import InputError

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sqlalchemy import create_engine, event, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
+from orchestrator.ledger_file import create_or_open, open_if_there
 from orchestrator.ledger_tables import (
     STATES,
     DeliveryRow,
@@ -36,10 +35,6 @@ from orchestrator.ledger_tables import (
 )
 from qkmodel.errors import InputError
 
-LEDGER_FILE = "ledger.sqlite"
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_SECONDS = 30
-
 
 class Ledger:
     """Safe to share between threads; processes may read while one writes.
@@ -52,42 +47,33 @@ class Ledger:
 
         Raises InputError when the file is not a ledger that this version can read.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self._connect(path) == 0:
-            with self._engine.begin() as connection:
-                # readers are not blocked by the writer; a property of the file, so it is set once
-                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-                Table.metadata.create_all(connection)
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self.path = path
+        self._engine = create_or_open(path)
 
     @classmethod
-    def open_existing(cls, path: Path) -> "Ledger":
-        """Open the ledger at `path` and create nothing.
+    def open_if_there(cls, path: Path) -> Self | None:
+        """The ledger at `path`, None where no sweep was started yet. Creates nothing.
+
+        Raises InputError when the file is not a ledger that this version can read.
+        """
+        engine = open_if_there(path)
+        if engine is None:
+            return None
+        ledger = cls.__new__(cls)
+        ledger.path = path
+        ledger._engine = engine
+        return ledger
+
+    @classmethod
+    def open_existing(cls, path: Path) -> Self:
+        """The ledger of a sweep that was started. Creates nothing.
 
         Raises InputError when there is none, or not one that this version can read.
         """
-        ledger = cls.__new__(cls)
-        if not path.is_file() or ledger._connect(path) == 0:
+        ledger = cls.open_if_there(path)
+        if ledger is None:
             raise InputError(f"no sweep here: {path} is not there or empty; give a sweep that was started")
         return ledger
-
-    def _connect(self, path: Path) -> int:
-        """The ledger's format, 0 for a file that was created just now."""
-        self.path = path
-        url = URL.create("sqlite", database=str(path.absolute()))
-        self._engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
-        event.listen(self._engine, "connect", _set_pragmas)
-        try:
-            with self._engine.connect() as connection:
-                version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        except DatabaseError as error:
-            raise InputError(f"{path} cannot be opened as a sweep's ledger: {error.orig}") from error
-        if version not in (0, SCHEMA_VERSION):
-            raise InputError(
-                f"{path} has ledger format {version}; this version reads format {SCHEMA_VERSION}: "
-                "use the version that wrote it, or another sweep name"
-            )
-        return version
 
     @property
     def folder(self) -> Path:
@@ -304,14 +290,6 @@ class Ledger:
         statement = insert(DeliveryRow).values(run_id=run_id, item=item, value=value)
         with self._session() as session:
             session.execute(statement.on_conflict_do_update(index_elements=["run_id", "item"], set_={"value": value}))
-
-
-def _set_pragmas(connection: Any, record: Any) -> None:
-    cursor = connection.cursor()
-    # every commit reaches the disk: a result that was recorded survives a power cut
-    cursor.execute("PRAGMA synchronous = FULL")
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.close()
 
 
 def _now() -> datetime:

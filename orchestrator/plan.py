@@ -10,7 +10,8 @@ from pathlib import Path
 
 from orchestrator.config import SweepConfig
 from orchestrator.identity import study_id, study_identity, training_id
-from orchestrator.ledger import LEDGER_FILE, Ledger, Training
+from orchestrator.ledger import Ledger, Training
+from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import measurement_file, opening_token
 from orchestrator.pack_order import DIVERGED
 from orchestrator.search.samplers import resolve_auto
@@ -181,8 +182,7 @@ def make_plan(config: SweepConfig) -> SweepPlan:
     _check_model(config, model)
     _check_resources(config)
     corpus = describe_corpus(config.corpus)
-    ledger_file = sweep_folder(config) / LEDGER_FILE
-    ledger = Ledger.open_existing(ledger_file) if ledger_file.is_file() else None
+    ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
     bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))
     studies = []
     for layer in config.layers:

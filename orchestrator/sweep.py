@@ -11,7 +11,8 @@ from typing import Protocol
 import ray
 from ray import tune
 
-from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measure_opening_token
 from orchestrator.pack_order import PackOrder, checkpoint_path
 from orchestrator.pack_queue import PackQueue, StudyWork, history

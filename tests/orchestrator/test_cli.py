@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_file import LEDGER_FILE
 from tests.orchestrator.sweep_files import write_sweep
 
 

@@ -1,12 +1,15 @@
 """What a sweep file asks for beyond what its ledger holds, on the bundled model's real description."""
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from orchestrator.config import load_sweep
 from orchestrator.identity import training_id
-from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.plan import SweepPlan, machine_cpus, make_plan
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import TOPK_GRID, write_sweep
@@ -83,6 +86,17 @@ def test_a_search_that_learns_gets_smaller_packs(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, search={"sampler": "tpe", "trainings": 40, "space": RANGE})
     plan = plan_of(file, f"resources.pack.cpu={machine_cpus()}")
     assert (plan.sampler, plan.pack_size, plan.trainings_left) == ("tpe", 4, 80)
+
+
+@pytest.mark.parametrize("cut_off", ["", "PRAGMA journal_mode = WAL; CREATE TABLE sweep (sweep INTEGER PRIMARY KEY)"])
+def test_a_kill_while_the_ledger_was_created_does_not_block_the_sweep(tmp_path: Path, cut_off: str) -> None:
+    file = write_sweep(tmp_path)
+    ledger_file = plan_of(file).folder / LEDGER_FILE
+    ledger_file.parent.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(ledger_file)) as connection:
+        connection.executescript(cut_off)
+    ledger_file.touch()
+    assert work(plan_of(file)) == [(0, 0, 4), (0, 0, 4)]
 
 
 def test_every_state_counts_once_and_only_in_its_own_study(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from omegaconf import OmegaConf
 
-from orchestrator.ledger import LEDGER_FILE, Ledger, Training
+from orchestrator.ledger import Ledger, Training
+from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import status_record
 from qkmodel.errors import InputError
 
