@@ -17,6 +17,7 @@ from orchestrator.search.study import Past, StudySearch
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import checkpoint_steps
+from qkmodel.tensor_file import UnknownFormat
 
 MAX_ATTEMPTS = 3
 _log = logging.getLogger(__name__)
@@ -160,14 +161,22 @@ class PackQueue:
         return None
 
     def _steps_done(self, training: Training) -> int:
+        """Steps that the training's checkpoint holds; a damaged one or another's is put aside.
+
+        Raises OSError when it cannot be read at all, and UnknownFormat.
+        """
         path = checkpoint_path(self._folder, training.training_id)
         if not path.exists():
             return 0
         try:
             return checkpoint_steps(path, training.training_id)
+        except UnknownFormat:
+            # whole, and the work of many hours perhaps: not ours to put aside
+            raise
         except InputError as error:
-            _log.warning("%s", error)
-            path.unlink()
+            aside = path.with_name(f"{path.name}.damaged")
+            _log.warning("%s; it is kept as %s and the training starts over", error, aside.name)
+            path.replace(aside)
             return 0
 
     def _study_of(self, pack_id: str) -> StudyWork:

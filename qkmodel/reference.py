@@ -3,7 +3,6 @@
 Computed once per layer from the model and the activation cache, and stored inside the cache's folder.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from qkmodel.errors import InputError
 from qkmodel.pattern_comparison import EVALUATION_BATCH, KLSums, log_patterns, validation_batches
 from qkmodel.pattern_kl import row_kl
 from qkmodel.schema import Schema
-from qkmodel.tensor_file import read_tensor_file, write_tensor_file
+from qkmodel.tensor_file import UnknownFormat, read_tensor_file, write_tensor_file
 
 if TYPE_CHECKING:
     # takes seconds to import, and readers of a stored reference need no model
@@ -80,12 +79,17 @@ def ensure_reference(
 ) -> tuple[AttentionLayer, LayerReference]:
     """The layer and its reference, from disk or, where missing or damaged, computed from the model and stored.
 
-    Raises InputError when the architecture's attention cannot be reproduced.
+    Raises InputError when the architecture's attention cannot be reproduced, and for a reference of an unknown
+    format.
     """
     path = reference_path(cache, layer, training)
-    # what cannot be read can be made again
-    with contextlib.suppress(InputError):
+    try:
         return load_reference(path)
+    except UnknownFormat:
+        raise
+    except (FileNotFoundError, InputError):
+        # what is missing or damaged can be made again
+        pass
     attention, reference = _compute(cache, layer, training, load_model())
     tensors = {f"attention.{name}": value for name, value in attention.to_tensors().items()}
     tensors |= {name: getattr(reference, name) for name in MEANS}
@@ -95,7 +99,7 @@ def ensure_reference(
 
 
 def load_reference(path: Path) -> tuple[AttentionLayer, LayerReference]:
-    """Reads what `ensure_reference` stored. Raises InputError when the file is damaged."""
+    """Reads what `ensure_reference` stored. Raises as `read_tensor_file`."""
     header, tensors = read_tensor_file(path, ReferenceHeader)
     means = {name: tensors.pop(name) for name in MEANS}
     weights = {name.removeprefix("attention."): value for name, value in tensors.items()}

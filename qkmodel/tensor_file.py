@@ -1,11 +1,12 @@
 """A safetensors file that says what it is and notices when it was damaged."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from qkmodel.errors import InputError
@@ -14,6 +15,8 @@ from qkmodel.schema import Schema
 
 Header = TypeVar("Header", bound=Schema)
 _RECORD = "record"
+# what safetensors writes before its JSON head: the head's length
+_LENGTH_BYTES = 8
 
 
 class _Record(Schema, Generic[Header]):
@@ -28,21 +31,49 @@ def write_tensor_file(path: Path, header: Schema, tensors: dict[str, Tensor]) ->
     write_atomically(path, save(tensors, {_RECORD: record.model_dump_json()}))
 
 
+class UnknownFormat(InputError):
+    """A whole file of a format that this version does not read: nothing to throw away."""
+
+
 def read_tensor_file(path: Path, kind: type[Header]) -> tuple[Header, dict[str, Tensor]]:
     """What `write_tensor_file` wrote with a header of this kind.
 
-    Raises InputError when the file is missing, damaged, or of another kind or format.
+    Raises UnknownFormat when the header's `format` is not the one that `kind` has, InputError when the file is
+    damaged or of another kind, and OSError when it cannot be read at all, which says nothing about the file.
     """
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = _Record[kind].model_validate_json(metadata.get(_RECORD, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+        record = _read_record(content)
+        tensors = load(content)
+        _refuse_other_format(path, record, kind)
+        parsed = _Record[kind].model_validate(record)
+    except UnknownFormat:
+        raise
+    except (SafetensorError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start over") from error
-    if record.sha256 != _sha256(tensors):
+    if parsed.sha256 != _sha256(tensors):
         raise InputError(f"{path}: damaged, its hash is not the recorded one; delete it to start over")
-    return record.header, tensors
+    return parsed.header, tensors
+
+
+def _read_record(content: bytes) -> object:
+    """The record of a safetensors file: a JSON text under one key of its metadata. Raises ValueError."""
+    size = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    head = json.loads(content[_LENGTH_BYTES:][:size])
+    metadata = head.get("__metadata__", {}) if isinstance(head, dict) else {}
+    return json.loads(metadata.get(_RECORD, "{}"))
+
+
+def _refuse_other_format(path: Path, record: object, kind: type[Schema]) -> None:
+    known = kind.model_fields.get("format")
+    header = record.get("header") if isinstance(record, dict) else None
+    if known is None or not isinstance(header, dict):
+        return
+    if header.get("format") != known.default:
+        raise UnknownFormat(
+            f"{path}: format {header.get('format')!r}; this version reads format {known.default}: "
+            "use the version that wrote it, or delete it to start over"
+        )
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:

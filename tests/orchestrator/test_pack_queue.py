@@ -1,5 +1,6 @@
 """Which pack trains next and what becomes of reports: a real ledger, real searches, real checkpoints, no Ray."""
 
+import resource
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from orchestrator.pack_queue import MAX_ATTEMPTS, PackQueue, StudyWork, history
 from orchestrator.search.study import StudySearch
 from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
+from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.pack import Member, checkpoint_steps, save_checkpoint
+from qkmodel.pack import CheckpointHeader, Member, checkpoint_steps, save_checkpoint
 from qkmodel.reference import LayerReference
+from qkmodel.tensor_file import write_tensor_file
 from tests.qkmodel.layers import random_layer
 
 STEPS, TOKENS_PER_STEP = 8, 100
@@ -350,6 +353,46 @@ def test_a_damaged_checkpoint_or_that_of_another_training_is_not_continued(
     assert (ids(again), again.steps_done) == (ids(order), 0)
     assert str(damaged) in caplog.text and str(swapped) in caplog.text
     assert not damaged.exists() and not swapped.exists()
+    # nothing is thrown away: a person may look at it
+    assert len(list(damaged.parent.glob("*.safetensors.damaged"))) == 2
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=1)
+    order = take(driver)
+    driver.report(order, 4)
+    driver.queue.end(order.pack_id, "its worker died")
+    path = checkpoint_path(tmp_path, ids(order)[0])
+    content = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, limit[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                opened.append(path.open("rb"))
+        with pytest.raises(OSError, match="Too many open files"):
+            driver.queue.next_pack()
+    finally:
+        for file in opened:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert path.read_bytes() == content
+    assert take(driver).steps_done == 4
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=1)
+    order = take(driver)
+    (one,) = ids(order)
+    path = checkpoint_path(tmp_path, one)
+    path.parent.mkdir(exist_ok=True)
+    newer = CheckpointHeader.model_construct(format=2, training_id=one, steps_done=4)
+    write_tensor_file(path, newer, small_member().state_tensors())
+    driver.queue.end(order.pack_id, "its worker died")
+    with pytest.raises(InputError, match="format 2; this version reads format 1"):
+        driver.queue.next_pack()
+    assert path.exists()
 
 
 # -- the next start

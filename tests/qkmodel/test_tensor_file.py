@@ -1,11 +1,13 @@
 """Tensor files: what is written comes back, damage is found, equal content is equal bytes."""
 
+from typing import Literal
+
 import pytest
 import torch
 
 from qkmodel.errors import InputError
 from qkmodel.schema import Schema
-from qkmodel.tensor_file import read_tensor_file, write_tensor_file
+from qkmodel.tensor_file import UnknownFormat, read_tensor_file, write_tensor_file
 
 
 class Header(Schema):
@@ -43,3 +45,29 @@ def test_a_changed_byte_is_noticed(tmp_path, place):
     path.write_bytes(content)
     with pytest.raises(InputError, match="delete it to start over"):
         read_tensor_file(path, Header)
+
+
+class NumberedHeader(Header):
+    format: Literal[1] = 1
+
+
+def test_a_whole_file_of_another_format_is_not_called_damaged(tmp_path):
+    newer = NumberedHeader.model_construct(name="one", steps=3, format=2)
+    write_tensor_file(tmp_path / "file", newer, TENSORS)
+    with pytest.raises(UnknownFormat, match="format 2; this version reads format 1"):
+        read_tensor_file(tmp_path / "file", NumberedHeader)
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\x02" + bytes(7) + b"[]", b"\xff" * 100])
+def test_what_is_no_tensor_file_is_named(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(InputError, match=r"file: cannot be read"):
+        read_tensor_file(tmp_path / "file", NumberedHeader)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_tensor_file(tmp_path / "absent", Header)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        read_tensor_file(tmp_path / "folder", Header)
