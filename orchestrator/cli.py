@@ -158,12 +158,16 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _print_plan(config: SweepConfig, as_json: bool) -> None:
-    from orchestrator.estimate import estimate
     from orchestrator.plan import make_plan
+
+    # planned before the seconds that torch takes to import: most mistakes show here
+    plan = make_plan(config)
+    from orchestrator.estimate import estimate
+    from orchestrator.late_checks import check_plan
     from orchestrator.plan_tables import estimate_lines, estimate_record, plan_table
 
-    plan = make_plan(config)
-    estimated = estimate(plan)
+    checked = check_plan(plan, messages.print, stream=False)
+    plan, estimated = checked.plan, estimate(checked)
     if as_json:
         _print_json(estimate_record(plan, estimated))
         return

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from orchestrator.late_checks import CheckedPlan
 from orchestrator.plan import SweepPlan
 from orchestrator.search.space import extremes
-from qkmodel.activations import MissingWork
+from qkmodel.activation_space import request_bytes
+from qkmodel.activations import MissingWork, missing_work
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.language_model import LanguageModel, load_language_model
+from qkmodel.language_model import LanguageModel
 from qkmodel.pack import Member, SharedBatch
 from qkmodel.pattern_comparison import EVALUATION_BATCH
 from qkmodel.pattern_kl import pattern_target
@@ -24,13 +26,16 @@ TIMED_STEPS = 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """Work that is left and the seconds it takes on this machine. `cache` is what the activation cache still lacks.
+    """Work that is left and the seconds it takes on this machine.
+
+    `cache` is what the activation cache still lacks, `cache_bytes` its size once it lacks nothing.
 
     Measured: one forward pass to the deepest layer, one through the whole model, and optimiser steps of the
     space's trainings on random activations of the right shape. Assumed: an evaluation batch costs what a step
     costs, and packs that run side by side do not slow each other down.
     """
 
+    cache_bytes: int
     cache: MissingWork
     cache_seconds: float
     training_seconds: float
@@ -41,19 +46,21 @@ class Estimate:
         return STARTUP_SECONDS + self.cache_seconds + self.training_seconds + self.evaluation_seconds
 
 
-def estimate(plan: SweepPlan) -> Estimate:
+def estimate(checked: CheckedPlan) -> Estimate:
     """Measures for some ten seconds; loads the model unless nothing is left to do."""
+    plan, config = checked.plan, checked.plan.config
+    whole = request_bytes(checked.manifest, config.layers, plan.sequences)
     if plan.trainings_left == 0:
-        return Estimate(MissingWork(0, 0), 0.0, 0.0, 0.0)
-    config = plan.config
-    missing = plan.missing()
-    forward_seconds, whole_model_seconds = _forward_seconds(plan, load_language_model(config.model))
+        return Estimate(whole, MissingWork(0, 0), 0.0, 0.0, 0.0)
+    missing = missing_work(checked.manifest, config.layers, plan.sequences)
+    forward_seconds, whole_model_seconds = _forward_seconds(plan, checked.load_model())
     step_seconds = _step_seconds(plan)
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
     evaluation_batches = plan.validation_sequences / EVALUATION_BATCH
     model_batches = config.training.patched_sequences / EVALUATION_BATCH
     share = plan.trainings_left / min(plan.slots, plan.packs)
     return Estimate(
+        cache_bytes=whole,
         cache=missing,
         cache_seconds=missing.sequences / EVALUATION_BATCH * forward_seconds,
         training_seconds=share * steps * step_seconds,
@@ -63,7 +70,8 @@ def estimate(plan: SweepPlan) -> Estimate:
 
 def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, float]:
     """Seconds for `EVALUATION_BATCH` sequences: to the deepest requested layer, and through the whole model."""
-    tokens = torch.randint(0, 1000, (EVALUATION_BATCH, plan.config.corpus.context))
+    vocabulary = model.bridge.original_model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, vocabulary, (EVALUATION_BATCH, plan.config.corpus.context))
     deepest = [max(plan.config.layers)]
     return _seconds(lambda: model.attention_inputs(tokens, deepest)), _seconds(lambda: model.cross_entropy(tokens))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.config import SweepConfig
-from qkmodel.corpus import choose_bos
+from qkmodel.corpus import BosChoice, choose_bos
 from qkmodel.documents import CorpusDescription
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
@@ -47,13 +47,21 @@ def measurement_file(cache_root: Path, config: SweepConfig, model: ModelDescript
 
 
 def measure_opening_token(
-    config: SweepConfig, file: Path, load_model: "Callable[[], LanguageModel]", say: Callable[[str], None]
-) -> None:
-    """Compares the candidates and stores the result, with every candidate's cross-entropy, in `file`."""
+    config: SweepConfig, load_model: "Callable[[], LanguageModel]", say: Callable[[str], None]
+) -> BosChoice:
+    """Compares the candidates. Nothing is written: `keep_opening_token` does that once the sweep is known to be sound.
+
+    Raises InputError as `choose_bos`.
+    """
     say("measuring which token should open a sequence")
     choice = choose_bos(load_model(), config.corpus, config.seed)
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in choice.cross_entropies.items())
+    say(f"corpus.bos: {choice.bos or 'none'} (nats per token: {listed})")
+    return choice
+
+
+def keep_opening_token(choice: BosChoice, file: Path) -> None:
+    """Stores a measurement, with every candidate's cross-entropy, for the next start."""
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"bos": choice.bos, "cross_entropies": choice.cross_entropies}
     write_atomically(file, json.dumps(content, indent=1).encode())
-    listed = ", ".join(f"{name} {value:.3f}" for name, value in choice.cross_entropies.items())
-    say(f"corpus.bos: {choice.bos or 'none'} (nats per token: {listed})")

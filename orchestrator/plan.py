@@ -12,11 +12,18 @@ from orchestrator.config import SweepConfig
 from orchestrator.identity import study_id, study_identity, training_id
 from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_file import LEDGER_FILE
-from orchestrator.opening_token import measurement_file, opening_token
+from orchestrator.opening_token import AUTO, measurement_file, opening_token
 from orchestrator.pack_order import DIVERGED
 from orchestrator.search.samplers import resolve_auto
 from orchestrator.search.space import canonical, contains, enumerate_space, grid
-from qkmodel.activations import CacheKey, MissingWork, cache_bytes, missing_work
+from qkmodel.activations import (
+    SPLITS,
+    CacheKey,
+    Manifest,
+    Split,
+    read_manifest,
+    shard_sizes,
+)
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.documents import CorpusDescription, describe_corpus
 from qkmodel.errors import InputError
@@ -138,16 +145,21 @@ class SweepPlan:
             d_model=self.model.d_model,
         )
 
-    def cache_bytes(self) -> int:
-        """Size of the whole cache on disk, all layers."""
-        sequences = self.train_sequences + self.validation_sequences
-        return cache_bytes(self.cache_key, self.config.layers, sequences)
+    @property
+    def cached(self) -> Manifest:
+        """What the activation cache holds."""
+        return read_manifest(self.cache_root / self.cache_key.folder_name) or Manifest.empty(self.cache_key)
 
-    def missing(self) -> MissingWork:
-        """What the cache still lacks."""
-        return missing_work(
-            self.cache_root, self.cache_key, self.config.layers, self.train_sequences, self.validation_sequences
-        )
+    @property
+    def sequences(self) -> dict[Split, int]:
+        """Sequences that the activation cache has to hold, if the corpus has as many."""
+        return {"train": self.train_sequences, "validation": self.validation_sequences}
+
+    @property
+    def sequences_in_shards(self) -> tuple[int, int]:
+        """The same for training and validation, rounded up to whole shards."""
+        train, validation = (sum(shard_sizes(self.sequences[split], None)) for split in SPLITS)
+        return train, validation
 
 
 def machine_cpus() -> int:
@@ -171,9 +183,10 @@ def storage_folder(config: SweepConfig) -> Path:
     return Path(config.storage).expanduser().absolute()
 
 
-def make_plan(config: SweepConfig) -> SweepPlan:
+def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan:
     """What this sweep file asks for beyond what its ledger already holds. Creates nothing.
 
+    `measured_bos` is what `corpus.bos: auto` was just found to be, where no measurement is kept yet.
     Raises InputError for an unknown model or corpus, for layers and contexts that the model does not have, and
     for resources that this machine does not have.
     """
@@ -184,6 +197,8 @@ def make_plan(config: SweepConfig) -> SweepPlan:
     corpus = describe_corpus(config.corpus)
     ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
     bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))
+    if bos == AUTO:
+        bos = measured_bos
     studies = []
     for layer in config.layers:
         identity = study_identity(

@@ -28,9 +28,13 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
     lines = [
         f"model {plan.model.name}, corpus {config.corpus.name}{_documents(plan)}, sampler {plan.sampler}",
         f"{plan.trainings_left} trainings in {plan.packs} packs of up to {plan.pack_size}, {plan.slots} packs at once",
-        f"activation cache {size(plan.cache_bytes())} (limit {size(config.activations.max_bytes)}), "
+        f"activation cache {size(estimate.cache_bytes)} (limit {size(config.activations.max_bytes)}), "
         f"{size(estimate.cache.bytes)} of it still to be written",
     ]
+    if plan.corpus.documents is None:
+        lines.append("a data set on the hub is read at the start: if it is shorter than that, the cache is smaller")
+        if estimate.cache_bytes > config.activations.max_bytes:
+            lines.append("activations.max_bytes: unless the data set is shorter, this sweep will be refused")
     if plan.trainings_left == 0:
         return [*lines, "nothing left to do"]
     return [
@@ -60,7 +64,7 @@ def estimate_record(plan: SweepPlan, estimate: Estimate) -> dict[str, Any]:
         "pack_size": plan.pack_size,
         "packs_at_once": plan.slots,
         "tokens": plan.trainings_left * plan.tokens_per_training,
-        "cache_bytes": plan.cache_bytes(),
+        "cache_bytes": estimate.cache_bytes,
         "cache_bytes_missing": estimate.cache.bytes,
         "seconds": estimate.seconds if plan.trainings_left else 0.0,
     }

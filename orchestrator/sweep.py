@@ -11,14 +11,15 @@ from typing import Protocol
 import ray
 from ray import tune
 
+from orchestrator.late_checks import check_plan
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
-from orchestrator.opening_token import AUTO, measure_opening_token
+from orchestrator.opening_token import keep_opening_token
 from orchestrator.pack_order import PackOrder, checkpoint_path
 from orchestrator.pack_queue import PackQueue, StudyWork, history
 from orchestrator.pareto import MAX_L0_SHARE
-from orchestrator.plan import StudyPlan, SweepPlan, machine_cpus, make_plan, storage_folder
-from orchestrator.preparation import Preparation, model_loader, prepare
+from orchestrator.plan import StudyPlan, SweepPlan, machine_cpus, storage_folder
+from orchestrator.preparation import Preparation, prepare
 from orchestrator.search.searcher import PackSearcher
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
@@ -56,14 +57,13 @@ class SweepView(Protocol):
 def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
     """Trains what the plan asks for and the ledger does not hold, and brings MLflow up to date.
 
-    Raises InputError before the sweep's folder is created when the file asks for something that cannot be had.
+    Raises InputError before anything is created when the file asks for something that cannot be had.
     """
-    config = plan.config
-    load_model = model_loader(config, view.say)
-    if plan.bos == AUTO:
-        measure_opening_token(config, plan.bos_file, load_model, view.say)
-        plan = make_plan(config)
-    prepared = prepare(plan, load_model, view.say, view.cache_progress) if plan.trainings_left else None
+    checked = check_plan(plan, view.say)
+    plan, config = checked.plan, plan.config
+    if checked.measured is not None:
+        keep_opening_token(checked.measured, plan.bos_file)
+    prepared = prepare(checked, view.say, view.cache_progress) if plan.trainings_left else None
     ledger = Ledger(plan.folder / LEDGER_FILE)
     ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions())
     for study in plan.studies:

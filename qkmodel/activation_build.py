@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int32
-from pydantic import ByteSize
 from safetensors.torch import save
 from torch import Tensor
 
+from qkmodel.activation_space import refuse_without_room
 from qkmodel.activations import (
     DTYPES,
     MANIFEST,
@@ -31,7 +30,6 @@ from qkmodel.activations import (
     MissingShard,
     Shard,
     Split,
-    cache_bytes,
     layer_part,
     map_shard,
     read_manifest,
@@ -94,31 +92,32 @@ def build_activation_cache(
     layers = sorted(set(layers))
     parts = [layer_part(layer) for layer in layers]
     wanted: dict[Split, int] = {"train": train_sequences, "validation": validation_sequences}
+    whole = [sum(shard_sizes(wanted[split], None)) for split in SPLITS]
+    corpus = None
+    if read_manifest(root / key.folder_name) is None:
+        # what cannot be had is refused before there is as much as a lock
+        corpus = corpus_loader(*whole)
+        known = Manifest.empty(key).with_available(available_sequences(corpus))
+        refuse_without_room(root, known, layers, wanted, max_bytes)
     root.mkdir(parents=True, exist_ok=True)
     with _exclusive(root / f"{key.folder_name}.lock"):
         build = _Build(root / key.folder_name, key, wanted)
         build.drop_damaged([TOKENS, *parts])
-        corpus = None
         if build.missing([TOKENS]):
-            corpus = corpus_loader(*(sum(shard_sizes(wanted[split], None)) for split in SPLITS))
+            corpus = corpus or corpus_loader(*whole)
             build.learn_available(corpus)
         if build.missing([TOKENS, *parts]):
             build.check_space(layers, max_bytes)
-        if corpus is not None:
+        if build.missing([TOKENS]):
             build.add_tokens(corpus)
         if build.missing(parts):
             build.add_activations(model_loader(), layers, progress)
     return ActivationCache.open(build.folder)
 
 
-def refuse_beyond(max_bytes: int, key: CacheKey, layers: Sequence[int], sequences: int) -> None:
-    """Raises InputError when so many sequences at `layers` take more than `max_bytes`."""
-    size = cache_bytes(key, layers, sequences)
-    if size > max_bytes:
-        raise InputError(
-            f"activations.max_bytes: {sequences} sequences of {key.context} tokens at {len(layers)} layers need "
-            f"{_readable(size)}, more than {_readable(max_bytes)}; raise it, or ask for fewer tokens or layers"
-        )
+def available_sequences(corpus: TokenisedCorpus) -> dict[Split, int | None]:
+    """How many sequences the whole corpus has on each side, None where it was not read to its end."""
+    return {"train": corpus.train_sequences_available, "validation": corpus.validation_sequences_available}
 
 
 class _Build:
@@ -156,23 +155,11 @@ class _Build:
 
     def learn_available(self, corpus: TokenisedCorpus) -> None:
         """Take over what reading the corpus has told about its length."""
-        counts = {"train": corpus.train_sequences_available, "validation": corpus.validation_sequences_available}
-        known = {split: count for split, count in counts.items() if count is not None}
-        self._manifest = self._manifest.model_copy(update={"available": self._manifest.available | known})
+        self._manifest = self._manifest.with_available(available_sequences(corpus))
 
     def check_space(self, layers: list[int], max_bytes: int) -> None:
         """Refuse before anything is written. Raises InputError."""
-        key = self._manifest.key
-        sequences = sum(sum(self._manifest.needed(split, self._wanted[split])) for split in SPLITS)
-        refuse_beyond(max_bytes, key, layers, sequences)
-        missing = self.missing([TOKENS, *map(layer_part, layers)])
-        new = sum(shard.bytes(key) for shard in missing)
-        free = shutil.disk_usage(self.folder.parent).free
-        if new > free:
-            raise InputError(
-                f"{self.folder.parent}: the activation cache needs {_readable(new)} more and {_readable(free)} are "
-                "free; make room, set storage to another disk, or ask for fewer tokens or layers"
-            )
+        refuse_without_room(self.folder.parent, self._manifest, layers, self._wanted, max_bytes)
 
     def add_tokens(self, corpus: TokenisedCorpus) -> None:
         """Write the token shards that are missing, after a look at those that are not. Raises InputError."""
@@ -268,7 +255,3 @@ def _exclusive(lock: Path) -> Iterator[None]:
             logger.warning("waiting for another process that is building %s", lock.with_suffix(""))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _readable(size: int) -> str:
-    return ByteSize(size).human_readable(decimal=True, separator=" ")

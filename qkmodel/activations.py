@@ -14,7 +14,7 @@ shorter. A shard that the manifest does not list does not exist, whatever lies o
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -86,6 +86,11 @@ class Manifest(Schema):
         """The manifest of a cache that has nothing yet."""
         return cls(format_version=FORMAT_VERSION, key=key, available={split: None for split in SPLITS}, shards={})
 
+    def with_available(self, counts: Mapping[Split, int | None]) -> Self:
+        """The same cache, once more is known of how many sequences the corpus has."""
+        known = {split: count for split, count in counts.items() if count is not None}
+        return self.model_copy(update={"available": self.available | known})
+
     @property
     def layers(self) -> list[int]:
         return sorted({int(path[1:].split("/")[0]) for path in self.shards if path.startswith("L")})
@@ -94,7 +99,7 @@ class Manifest(Schema):
         """The size of each shard that a request for `sequences` takes."""
         return shard_sizes(sequences, self.available[split])
 
-    def missing(self, parts: Sequence[str], wanted: dict[Split, int]) -> list["MissingShard"]:
+    def missing(self, parts: Sequence[str], wanted: Mapping[Split, int]) -> list["MissingShard"]:
         """The shards that a request for `wanted` sequences takes and that lack any of `parts`."""
         shards = [
             MissingShard(
@@ -128,10 +133,7 @@ class MissingWork:
 
 
 class ActivationCache:
-    """A cache open for reading. Rows are copied out of memory-mapped files, which processes on a node share.
-
-    Pickles as its folder's path and reopens there.
-    """
+    """A cache open for reading. Rows are copied out of memory-mapped files, which processes on a node share."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder = folder
@@ -149,9 +151,6 @@ class ActivationCache:
         if manifest is None:
             raise InputError(f"{folder}: no activation cache here, {MANIFEST} is missing")
         return cls(folder, manifest)
-
-    def __reduce__(self):
-        return ActivationCache.open, (self.folder,)
 
     @property
     def context(self) -> int:
@@ -257,18 +256,14 @@ def cache_bytes(key: CacheKey, layers: Sequence[int], sequences: int) -> int:
     return sequences * sum(key.bytes_per_sequence(part) for part in [TOKENS, *map(layer_part, layers)])
 
 
-def missing_work(
-    root: Path, key: CacheKey, layers: Sequence[int], train_sequences: int, validation_sequences: int
-) -> MissingWork:
+def missing_work(manifest: Manifest, layers: Sequence[int], wanted: Mapping[Split, int]) -> MissingWork:
     """What `build_activation_cache` would still do, judged by the manifest alone.
 
-    An upper bound while nobody has counted the corpus's sequences. Raises InputError as `read_manifest`.
+    An upper bound while nobody has counted the corpus's sequences.
     """
-    manifest = read_manifest(root / key.folder_name) or Manifest.empty(key)
-    wanted: dict[Split, int] = {"train": train_sequences, "validation": validation_sequences}
     forward = manifest.missing([layer_part(layer) for layer in layers], wanted)
     tokens = manifest.missing([TOKENS], wanted)
     return MissingWork(
         sequences=sum(shard.sequences for shard in forward),
-        bytes=sum(shard.bytes(key) for shard in [*forward, *tokens]),
+        bytes=sum(shard.bytes(manifest.key) for shard in [*forward, *tokens]),
     )

@@ -11,6 +11,8 @@ from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.plan import SweepPlan, machine_cpus, make_plan
+from qkmodel.activation_space import request_bytes
+from qkmodel.activations import missing_work
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import TOPK_GRID, write_sweep
 
@@ -61,9 +63,11 @@ def test_counts_of_a_sweep_that_was_never_started(tmp_path: Path) -> None:
     assert plan.train_sequences == 33
     assert (plan.model.n_layers, plan.model.d_model) == (30, 576)
     assert plan.corpus.documents == 12
-    # per sequence and layer 128 x 576 activations of two bytes, and once 128 token ids of four
-    assert plan.cache_bytes() == (33 + 16) * 128 * (2 * 576 * 2 + 4)
-    assert plan.missing().sequences == 64 + 64
+    assert plan.sequences == {"train": 33, "validation": 16}
+    # shards are built whole; per sequence and layer 128 x 576 activations of two bytes, once 128 token ids of four
+    missing = missing_work(plan.cached, plan.config.layers, plan.sequences)
+    assert (missing.sequences, missing.bytes) == (128, 128 * 128 * (2 * 576 * 2 + 4))
+    assert request_bytes(plan.cached, plan.config.layers, plan.sequences) == missing.bytes
 
 
 @pytest.mark.parametrize(
@@ -182,6 +186,6 @@ def test_planning_creates_and_changes_nothing(tmp_path: Path) -> None:
 
     before = tree()
     plan = plan_of(file)
-    plan.missing()
+    assert plan.cached.shards == {}
     assert plan.trainings_left == 7
     assert tree() == before

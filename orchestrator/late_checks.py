@@ -1,0 +1,136 @@
+"""What only the model and its tokeniser can find wrong with a sweep, said while nothing is on disk yet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from orchestrator.opening_token import AUTO, measure_opening_token
+from orchestrator.plan import SweepPlan, machine_cpus, make_plan
+from qkmodel.activation_build import available_sequences
+from qkmodel.activation_space import refuse_without_room
+from qkmodel.activations import TOKENS, ActivationCache, Manifest, missing_work
+from qkmodel.attention_extraction import extract_attention_layer
+from qkmodel.corpus import BosChoice, TokenisedCorpus, tokenise
+from qkmodel.errors import InputError
+from qkmodel.reference import CACHE_CHECK_SEQUENCES, reference_path
+
+if TYPE_CHECKING:
+    from qkmodel.language_model import LanguageModel
+
+# (training sequences, validation sequences) -> the corpus with so many, or with all that it has
+CorpusReader = Callable[[int, int], TokenisedCorpus]
+
+
+@dataclass(frozen=True)
+class CheckedPlan:
+    """A plan in which nothing was found wrong, and what was loaded to find that out.
+
+    `measured` is the opening token's measurement, where one was needed and is not on disk yet. `manifest` is what the
+    activation cache holds, with all that is known of the corpus's length. `load_model` and `read_corpus` load at
+    their first call and give the same afterwards.
+    """
+
+    plan: SweepPlan
+    measured: BosChoice | None
+    manifest: Manifest
+    load_model: "Callable[[], LanguageModel]"
+    read_corpus: CorpusReader
+
+
+def check_plan(plan: SweepPlan, say: Callable[[str], None], stream: bool = True) -> CheckedPlan:
+    """Refuses a corpus that gives too little, a cache without room, and attention that cannot be reproduced.
+
+    Model and corpus are loaded only for what the activation cache does not hold. Without `stream` a data set on the
+    hub is not read, and then none of this is known of it. Creates nothing. Raises InputError.
+    """
+    torch.set_num_threads(plan.config.resources.activations.cpu or machine_cpus())
+    load_model = _model_loader(plan, say)
+    is_readable = stream or plan.corpus.documents is not None
+    measured = None
+    if plan.bos == AUTO and is_readable:
+        measured = measure_opening_token(plan.config, load_model, say)
+        plan = make_plan(plan.config, measured.bos)
+    read_corpus = _corpus_reader(plan, load_model, say)
+    manifest = plan.cached
+    if plan.trainings_left and is_readable:
+        manifest = _check_corpus(plan, manifest, read_corpus)
+        _prove_attention(plan, load_model, read_corpus)
+    return CheckedPlan(plan, measured, manifest, load_model, read_corpus)
+
+
+def _model_loader(plan: SweepPlan, say: Callable[[str], None]) -> "Callable[[], LanguageModel]":
+    @cache
+    def load() -> "LanguageModel":
+        # transformers and transformer_lens take seconds to import; a prepared sweep does without
+        from qkmodel.language_model import load_language_model
+
+        say(f"loading {plan.config.model.name}")
+        return load_language_model(plan.config.model)
+
+    return load
+
+
+def _corpus_reader(
+    plan: SweepPlan, load_model: "Callable[[], LanguageModel]", say: Callable[[str], None]
+) -> CorpusReader:
+    @cache
+    def read(train_sequences: int, validation_sequences: int) -> TokenisedCorpus:
+        say(f"reading {plan.config.corpus.name}")
+        return tokenise(
+            plan.config.corpus,
+            load_model().tokenizer,
+            seed=plan.config.seed,
+            bos=plan.bos,
+            train_sequences=train_sequences,
+            validation_sequences=validation_sequences,
+        )
+
+    return read
+
+
+def _check_corpus(plan: SweepPlan, manifest: Manifest, read_corpus: CorpusReader) -> Manifest:
+    """`manifest` with what reading the corpus has told, where it had to be read."""
+    if manifest.missing([TOKENS], plan.sequences):
+        found = read_corpus(*plan.sequences_in_shards)
+        _check_held_out(plan, found)
+        manifest = manifest.with_available(available_sequences(found))
+    config = plan.config
+    if missing_work(manifest, config.layers, plan.sequences).bytes > 0:
+        refuse_without_room(plan.cache_root, manifest, config.layers, plan.sequences, config.activations.max_bytes)
+    return manifest
+
+
+def _check_held_out(plan: SweepPlan, found: TokenisedCorpus) -> None:
+    held_out = found.validation.shape[0]
+    if held_out < plan.validation_sequences:
+        raise InputError(
+            f"training.validation_sequences: {plan.validation_sequences}, but the held-out documents give only "
+            f"{held_out}; ask for at most {held_out} or raise corpus.validation_documents"
+        )
+
+
+def _prove_attention(plan: SweepPlan, load_model: "Callable[[], LanguageModel]", read_corpus: CorpusReader) -> None:
+    """Hours of caching would otherwise come before the refusal of a layer that has no reference yet."""
+    unproven = [layer for layer in plan.config.layers if not _has_reference(plan, layer)]
+    if unproven:
+        tokens = _first_validation_sequences(plan, read_corpus)
+        for layer in unproven:
+            extract_attention_layer(load_model(), layer, tokens)
+
+
+def _has_reference(plan: SweepPlan, layer: int) -> bool:
+    cache = ActivationCache(plan.cache_root / plan.cache_key.folder_name, plan.cached)
+    return reference_path(cache, layer, plan.config.training).exists()
+
+
+def _first_validation_sequences(plan: SweepPlan, read_corpus: CorpusReader) -> Int[Tensor, "batch context"]:
+    count = min(CACHE_CHECK_SEQUENCES, plan.validation_sequences)
+    if plan.cached.missing([TOKENS], {"train": 0, "validation": count}):
+        return read_corpus(*plan.sequences_in_shards).validation[:count].long()
+    cache = ActivationCache.open(plan.cache_root / plan.cache_key.folder_name)
+    return cache.tokens("validation", range(count))
