@@ -18,6 +18,7 @@ from orchestrator.search.samplers import resolve_auto
 from orchestrator.search.space import canonical, contains, enumerate_space, grid
 from qkmodel.activations import (
     SPLITS,
+    TOKENS,
     CacheKey,
     Manifest,
     Split,
@@ -25,7 +26,7 @@ from qkmodel.activations import (
     shard_sizes,
 )
 from qkmodel.data_order import sequences_per_epoch
-from qkmodel.documents import CorpusDescription, describe_corpus
+from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
 from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription, describe_model
 
@@ -218,7 +219,11 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan
         studies.append(_study_plan(config, identifier, layer, identity, trainings))
     if ledger is not None:
         ledger.close()
-    return SweepPlan(config, model, corpus, bos, tuple(studies))
+    plan = SweepPlan(config, model, corpus, bos, tuple(studies))
+    if plan.trainings_left and plan.cached.missing([TOKENS], plan.sequences):
+        # a sweep whose text is cached does without the hub
+        require_corpus(config.corpus)
+    return plan
 
 
 def _study_plan(

