@@ -1,11 +1,13 @@
 """Start or continue a sweep: plan, prepare, train, track."""
 
+import contextlib
 import logging
 import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import ray
@@ -18,7 +20,7 @@ from orchestrator.opening_token import keep_opening_token
 from orchestrator.pack_order import PackOrder, checkpoint_path
 from orchestrator.pack_queue import PackQueue, StudyWork, history
 from orchestrator.pareto import MAX_L0_SHARE
-from orchestrator.plan import StudyPlan, SweepPlan, machine_cpus, storage_folder
+from orchestrator.plan import StudyPlan, SweepPlan, machine_cpus, make_plan, storage_folder
 from orchestrator.preparation import Preparation, prepare
 from orchestrator.search.searcher import PackSearcher
 from orchestrator.search.space import extremes
@@ -28,7 +30,10 @@ from orchestrator.trainable import PackTrainable
 from orchestrator.versions import git_sha, package_versions
 from qkmodel.activation_build import BuildProgress
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
+from qkmodel.errors import InputError
+from qkmodel.files import exclusive
 
+LOCK_FILE = "lock"
 TRACKING_INTERVAL_SECONDS = 5.0
 # Tune starts a trial only for a suggestion, so this bounds nothing; the searcher says when it is done.
 UNLIMITED = 10**9
@@ -57,13 +62,38 @@ class SweepView(Protocol):
 def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
     """Trains what the plan asks for and the ledger does not hold, and brings MLflow up to date.
 
-    Raises InputError before anything is created when the file asks for something that cannot be had.
+    Raises InputError before anything is created when the file asks for something that cannot be had, and when
+    another process is at work on the same sweep.
     """
-    checked = check_plan(plan, view.say)
-    plan, config = checked.plan, plan.config
-    if checked.measured is not None:
-        keep_opening_token(checked.measured, plan.bos_file)
-    prepared = prepare(checked, view.say, view.cache_progress) if plan.trainings_left else None
+    with contextlib.ExitStack() as held:
+        was_there = plan.folder.is_dir()
+        if was_there:
+            held.enter_context(_only_driver(plan.folder))
+            # the process before this one may have ended just now
+            plan = make_plan(plan.config)
+        checked = check_plan(plan, view.say)
+        if checked.measured is not None:
+            keep_opening_token(checked.measured, checked.plan.bos_file)
+        prepared = prepare(checked, view.say, view.cache_progress) if checked.plan.trainings_left else None
+        if not was_there:
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_only_driver(plan.folder))
+        return _run_prepared(checked.plan, prepared, view)
+
+
+def _only_driver(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the sweep against other drivers; workers that a dead one left behind do not hold it."""
+
+    def refuse(holder: str) -> None:
+        raise InputError(
+            f"name: process {holder} is at work on the sweep in {folder}; wait for it or end it, or choose another name"
+        )
+
+    return exclusive(folder / LOCK_FILE, refuse)
+
+
+def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView) -> SweepOutcome:
+    config = plan.config
     ledger = Ledger(plan.folder / LEDGER_FILE)
     ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions())
     for study in plan.studies:
@@ -72,10 +102,7 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
     works: list[StudyWork] = []
     try:
         if prepared is not None:
-            measured = {study.study_id for study in ledger.studies() if study.reference}
-            for study in plan.studies:
-                if study.study_id not in measured:
-                    ledger.set_reference(study.study_id, _reference_figures(plan, prepared, study.layer))
+            _record_references(plan, prepared, ledger)
             works = [_study_work(plan, study, prepared, ledger) for study in plan.studies]
             queue = PackQueue(ledger, works, plan.folder, plan.pack_size)
             view.training_started(plan, ledger)
@@ -85,6 +112,13 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
     wanted = {identifier for work in works for identifier in work.wanted}
     states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)
     return SweepOutcome(ledger, states["finished"], states["failed"] + plan.diverged, tracking_error)
+
+
+def _record_references(plan: SweepPlan, prepared: Preparation, ledger: Ledger) -> None:
+    measured = {study.study_id for study in ledger.studies() if study.reference}
+    for study in plan.studies:
+        if study.study_id not in measured:
+            ledger.set_reference(study.study_id, _reference_figures(plan, prepared, study.layer))
 
 
 def _reference_figures(plan: SweepPlan, prepared: Preparation, layer: int) -> dict[str, float | None]:

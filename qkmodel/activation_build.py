@@ -1,11 +1,9 @@
 """Filling the activation cache: one forward pass for all layers that a request misses, and nothing twice."""
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +36,7 @@ from qkmodel.activations import (
 )
 from qkmodel.corpus import TokenisedCorpus
 from qkmodel.errors import InputError
-from qkmodel.files import PARTIAL_SUFFIX, write_atomically
+from qkmodel.files import PARTIAL_SUFFIX, exclusive, write_atomically
 
 if TYPE_CHECKING:
     from qkmodel.language_model import LanguageModel
@@ -100,7 +98,7 @@ def build_activation_cache(
         known = Manifest.empty(key).with_available(available_sequences(corpus))
         refuse_without_room(root, known, layers, wanted, max_bytes)
     root.mkdir(parents=True, exist_ok=True)
-    with _exclusive(root / f"{key.folder_name}.lock"):
+    with exclusive(root / f"{key.folder_name}.lock", lambda holder: _say_waiting(root, key, holder)):
         build = _Build(root / key.folder_name, key, wanted)
         build.drop_damaged([TOKENS, *parts])
         if build.missing([TOKENS]):
@@ -113,6 +111,10 @@ def build_activation_cache(
         if build.missing(parts):
             build.add_activations(model_loader(), layers, progress)
     return ActivationCache.open(build.folder)
+
+
+def _say_waiting(root: Path, key: CacheKey, holder: str) -> None:
+    logger.warning("waiting for process %s, which is building %s", holder, root / key.folder_name)
 
 
 def available_sequences(corpus: TokenisedCorpus) -> dict[Split, int | None]:
@@ -243,15 +245,3 @@ def _attention_inputs(
             batches[layer].append(activations)
         report(batch.numel())
     return {layer: torch.cat(batches[layer]) for layer in layers}
-
-
-@contextlib.contextmanager
-def _exclusive(lock: Path) -> Iterator[None]:
-    """Hold `lock` against other processes; the kernel lets go of it when this one dies."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("waiting for another process that is building %s", lock.with_suffix(""))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,7 +1,10 @@
-"""Files that are either whole or absent, whatever kills the process that writes them."""
+"""Files that are either whole or absent, and locks that are let go of, whatever kills the process that has them."""
 
+import contextlib
+import fcntl
 import os
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qkmodel.errors import InputError
@@ -34,6 +37,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
+    """Hold the file `lock` against other processes; the kernel lets go of it when this one dies.
+
+    Where another process holds it, `on_busy` gets that one's pid, as text, and may raise; if it returns, this waits.
+    """
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            on_busy(file.read())
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

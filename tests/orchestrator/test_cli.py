@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
+from qkmodel.files import exclusive
 from tests.orchestrator.sweep_files import write_sweep
 
 
@@ -225,6 +226,18 @@ def test_a_broken_sweep_file_is_one_line_and_leaves_nothing(tmp_path: Path, case
     assert sorted(written.rglob("*")) == before
     # a hash of the model's weights may be remembered, in the cache, but nothing is converted or loaded
     assert {path.name for path in cache.glob("qkmodel/*")} <= {"sha256"}
+
+
+def test_a_second_driver_of_a_sweep_is_refused(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    with exclusive(folder / "lock", print):
+        ran = orchestrate("sweep", str(file), cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert f"process {os.getpid()} is at work on the sweep in {folder}" in ran.stderr
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_a_sweep_file_that_is_not_there(tmp_path: Path) -> None:

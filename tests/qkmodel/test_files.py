@@ -1,6 +1,11 @@
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from qkmodel.files import write_atomically
+from qkmodel.files import exclusive, write_atomically
 
 
 def test_replaces_whole_and_leaves_nothing_else(tmp_path):
@@ -18,3 +23,30 @@ def test_failed_write_keeps_the_old_content(tmp_path):
         write_atomically(path, "text, not bytes")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from qkmodel.files import exclusive
+with exclusive(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_names_its_holder_and_is_let_go_of_by_a_kill(tmp_path):
+    class BusyError(Exception):
+        pass
+
+    def refuse(holder):
+        raise BusyError(holder)
+
+    lock = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(BusyError, match=f"^{other.pid}$"), exclusive(lock, refuse):
+            pass
+        other.send_signal(signal.SIGKILL)
+    with exclusive(lock, refuse):
+        assert lock.read_text() == str(os.getpid())
