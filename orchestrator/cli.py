@@ -197,7 +197,7 @@ def _sweep_folder(sweep: str) -> Path:
         return Path(config.storage).expanduser().absolute() / config.name
     if path.is_dir():
         return path
-    default = Path("runs") / sweep
+    default = Path("runs").absolute() / sweep
     if default.is_dir():
         return default
     raise InputError(f"{sweep}: no sweep of that name; give a sweep's folder, its sweep file, or a name below runs/")

@@ -6,14 +6,14 @@ repeated event says about a finished training changes nothing, so every write he
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
@@ -115,19 +115,30 @@ class Ledger:
                 raise InputError(f"no sweep here: {self.path} is empty; start the sweep first")
             return SweepRecord(**_own_fields(row, SweepRecord))
 
-    def open_study(self, study_id: str, task: str, layer: int, identity: Mapping[str, Any]) -> Study:
+    def open_study(
+        self, study_id: str, task: str, layer: int, identity: Mapping[str, Any], *, model: str, corpus: str
+    ) -> Study:
         """Record a study, or return the one that is there."""
         with self._session() as session:
             statement = insert(StudyRow).values(
                 study_id=study_id,
                 task=task,
                 layer=layer,
+                model=model,
+                corpus=corpus,
                 identity=dict(identity),
                 reference={},
                 created=_now(),
             )
             session.execute(statement.on_conflict_do_nothing())
             return Study(**_own_fields(session.get_one(StudyRow, study_id), Study))
+
+    def set_current(self, tokens_planned: Mapping[str, int]) -> None:
+        """Record which studies this start of the sweep asks for, and the tokens that each comes to when it is done."""
+        with self._session() as session:
+            session.execute(update(StudyRow).values(tokens_planned=None))
+            for study_id, tokens in tokens_planned.items():
+                session.execute(update(StudyRow).where(StudyRow.study_id == study_id).values(tokens_planned=tokens))
 
     def set_reference(self, study_id: str, reference: Mapping[str, float | None]) -> None:
         """Record what the study's trainings are measured against: kl_baseline, ce_clean, …
@@ -229,6 +240,12 @@ class Ledger:
         with self._session() as session:
             self._update(session, training_id, state="open", error=None, finished=None)
 
+    def reopen_running(self) -> None:
+        """Put back in the queue whatever is running: for a driver that starts, or that stops before its packs do."""
+        statement = update(TrainingRow).where(TrainingRow.state == "running")
+        with self._session() as session:
+            session.execute(statement.values(state="open", error=None, finished=None))
+
     def _update(self, session: Session, training_id: str, **values: Any) -> bool:
         """Change an unfinished training; False and no change where it is finished."""
         statement = update(TrainingRow).where(TrainingRow.training_id == training_id, TrainingRow.state != "finished")
@@ -240,21 +257,20 @@ class Ledger:
 
     def training(self, training_id: str) -> Training:
         with self._session() as session:
-            row = session.get(TrainingRow, training_id)
-            if row is None:
-                raise KeyError(training_id)
-            return _trainings(session, [row])[0]
+            found = _trainings(session, TrainingRow.training_id == training_id)
+        if not found:
+            raise KeyError(training_id)
+        return found[0]
 
     def trainings(self, study_id: str | None = None, state: State | None = None) -> list[Training]:
         """By layer, then study, then number."""
-        statement = select(TrainingRow).join(StudyRow)
+        conditions = []
         if study_id is not None:
-            statement = statement.where(TrainingRow.study_id == study_id)
+            conditions.append(TrainingRow.study_id == study_id)
         if state is not None:
-            statement = statement.where(TrainingRow.state == state)
-        order = (StudyRow.layer, StudyRow.created, StudyRow.study_id, TrainingRow.number)
+            conditions.append(TrainingRow.state == state)
         with self._session() as session:
-            return _trainings(session, session.scalars(statement.order_by(*order)).all())
+            return _trainings(session, *conditions)
 
     def reports(self, training_id: str, after: int = 0) -> list[Report]:
         """In order of recording, those with a `report_id` above `after`."""
@@ -305,16 +321,15 @@ def _own_fields(row: Table, kind: type) -> dict[str, Any]:
     return {field.name: getattr(row, field.name) for field in fields(kind) if hasattr(row, field.name)}
 
 
-def _trainings(session: Session, rows: Sequence[TrainingRow]) -> list[Training]:
-    layers = dict(session.execute(select(StudyRow.study_id, StudyRow.layer)).tuples().all())
-    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row in rows}
-    statement = select(MetricRow.training_id, MetricRow.name, MetricRow.value)
-    if len(rows) == 1:
-        statement = statement.where(MetricRow.training_id == rows[0].training_id)
-    for training_id, name, value in session.execute(statement).tuples():
-        if training_id in metrics:
-            metrics[training_id][name] = value
+def _trainings(session: Session, *conditions: ColumnElement[bool]) -> list[Training]:
+    """The trainings that meet all conditions, with their metrics and no others'."""
+    order = (StudyRow.layer, StudyRow.created, StudyRow.study_id, TrainingRow.number)
+    found = session.execute(select(TrainingRow, StudyRow.layer).join(StudyRow).where(*conditions).order_by(*order))
+    rows = found.tuples().all()
+    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row, _ in rows}
+    values = select(MetricRow.training_id, MetricRow.name, MetricRow.value).join(TrainingRow).where(*conditions)
+    for training_id, name, value in session.execute(values).tuples():
+        metrics[training_id][name] = value
     return [
-        Training(layer=layers[row.study_id], metrics=metrics[row.training_id], **_own_fields(row, Training))
-        for row in rows
+        Training(layer=layer, metrics=metrics[row.training_id], **_own_fields(row, Training)) for row, layer in rows
     ]

@@ -24,14 +24,26 @@ class SweepRecord:
 
 @dataclass(frozen=True)
 class Study:
-    """`identity` is what its trainings have in common; `reference` what they are measured against."""
+    """`identity` is what its trainings have in common; `reference` what they are measured against.
+
+    `model` and `corpus` are the names in the sweep file, for people. `tokens_planned` is how many tokens its trainings
+    will have seen when the sweep is done, as of its latest start; None when that start did not ask for this study.
+    """
 
     study_id: str
     task: str
     layer: int
+    model: str
+    corpus: str
     identity: dict[str, Any]
     reference: dict[str, float | None]
+    tokens_planned: int | None
     created: datetime
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the latest start of the sweep asked for it."""
+        return self.tokens_planned is not None
 
 
 @dataclass(frozen=True)
@@ -135,8 +147,11 @@ class StudyRow(Table):
     study_id: Mapped[str] = mapped_column(primary_key=True)
     task: Mapped[str]
     layer: Mapped[int]
+    model: Mapped[str]
+    corpus: Mapped[str]
     identity: Mapped[dict[str, Any]]
     reference: Mapped[dict[str, Any]]
+    tokens_planned: Mapped[int | None]
     created: Mapped[datetime]
 
 

@@ -51,7 +51,8 @@ class PackQueue:
     """Hands out packs and books their results; the ledger is its only memory.
 
     Unfinished trainings come first, each from its newest checkpoint; then what the studies propose, the study
-    with the fewest trainings before the others.
+    with the fewest trainings before the others. Raises OSError and UnknownFormat for checkpoints that are there and
+    cannot be used now.
     """
 
     def __init__(self, ledger: Ledger, studies: Sequence[StudyWork], sweep_folder: Path, pack_size: int) -> None:
@@ -62,11 +63,14 @@ class PackQueue:
         self._running: dict[str, PackOrder] = {}
         self._attempts: Counter[str] = Counter()
         self._packs_made = 0
-        for training in ledger.trainings(state="running"):
-            ledger.reopen(training.training_id)
+        # training id -> steps in its checkpoint, of those that no pack has at present: read once, since all is hashed
+        self._steps: dict[str, int] = {}
+        ledger.reopen_running()
         for study in studies:
             for identifier in study.wanted:
                 ledger.reopen(identifier)
+        # now, so that a checkpoint that cannot be used is said before any pack runs
+        self._unfinished_group()
 
     def next_pack(self) -> PackOrder | Literal["finished"] | None:
         """The next pack; None when there is nothing until a running pack ends; "finished" when all is done."""
@@ -85,6 +89,7 @@ class PackQueue:
         )
         for training in members:
             self._attempts[training.training_id] += 1
+            self._steps.pop(training.training_id, None)
             machine = {"threads": order.threads, "device": "cpu", "node": platform.node(), "torch": version("torch")}
             self._ledger.start(training.training_id, order.pack_id, machine)
         self._running[order.pack_id] = order
@@ -137,13 +142,15 @@ class PackQueue:
             study = self._studies.get(training.study_id)
             if study is None or training.training_id not in study.wanted:
                 continue
-            steps = self._steps_done(training)
+            if training.training_id not in self._steps:
+                self._steps[training.training_id] = self._steps_done(training)
+            steps = self._steps[training.training_id]
             groups.setdefault((training.study_id, steps), _Group(study, steps)).trainings.append(training)
         return max(groups.values(), key=lambda group: group.steps_done, default=None)
 
     def _proposed_group(self) -> _Group | None:
         asking = [study for study in self._studies.values() if not study.exhausted]
-        asking.sort(key=lambda study: len(self._ledger.trainings(study.study_id)))
+        asking.sort(key=lambda study: sum(self._ledger.counts(study.study_id).values()))
         for study in asking:
             group = _Group(study, 0)
             while len(group.trainings) < self._pack_size:

@@ -43,7 +43,8 @@ class StudyPlan:
 
     `unfinished` are trainings that the ledger holds as open or running, or that failed for a reason outside
     themselves; `diverged` counts those whose numbers ran away, which are not tried again. `new` counts those
-    that the search is still to propose.
+    that the search is still to propose. `tokens_planned` are the tokens of all these, and those that trainings
+    outside the file's present space have seen.
     """
 
     study_id: str
@@ -53,6 +54,7 @@ class StudyPlan:
     diverged: int
     unfinished: tuple[Training, ...]
     new: int
+    tokens_planned: int
 
     @property
     def to_train(self) -> int:
@@ -94,14 +96,13 @@ class SweepPlan:
 
     @property
     def tokens_per_training(self) -> int:
-        """`training.tokens` rounded up to whole batches."""
-        per_step = self.config.training.batch_sequences * self.config.corpus.context
-        return math.ceil(self.config.training.tokens / per_step) * per_step
+        return tokens_per_training(self.config)
 
     @property
     def slots(self) -> int:
         """Packs that this machine runs at once."""
-        return max(1, int(machine_cpus() / self.config.resources.pack.cpu))
+        # 0.3 / 0.1 is a little less than 3
+        return max(1, math.floor(machine_cpus() / self.config.resources.pack.cpu + 1e-9))
 
     @property
     def pack_size(self) -> int:
@@ -175,6 +176,12 @@ def sampler_of(config: SweepConfig) -> str:
     return resolve_auto(search.space, search.trainings) if search.sampler == "auto" else search.sampler
 
 
+def tokens_per_training(config: SweepConfig) -> int:
+    """`training.tokens` rounded up to whole batches."""
+    per_step = config.training.batch_sequences * config.corpus.context
+    return math.ceil(config.training.tokens / per_step) * per_step
+
+
 def sweep_folder(config: SweepConfig) -> Path:
     return storage_folder(config) / config.name
 
@@ -242,7 +249,9 @@ def _study_plan(
     finished = [one for one in inside if one.state == "finished"]
     diverged = [one for one in inside if one.state == "failed" and (one.error or "").startswith(DIVERGED)]
     unfinished = tuple(one for one in inside if one not in finished and one not in diverged)
-    return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, new)
+    outside = sum(one.tokens_done for one in trainings) - sum(one.tokens_done for one in inside)
+    tokens_planned = (len(inside) + new) * tokens_per_training(config) + outside
+    return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, new, tokens_planned)
 
 
 def _check_storage(config: SweepConfig) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.ledger import Ledger, State, Study, Training
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import STATES, State, Study, Training
 from orchestrator.pareto import front_trainings, hypervolume
 
 FRONT_METRICS = (
@@ -36,6 +37,15 @@ class StudyStatus:
             counts[training.state] += 1
         return counts
 
+    @property
+    def tokens_done(self) -> int:
+        return sum(training.tokens_done for training in self.trainings)
+
+    @property
+    def tokens_planned(self) -> int:
+        """What the tokens come to when the sweep is done; nothing is planned beyond what a former study has."""
+        return self.tokens_done if self.study.tokens_planned is None else self.study.tokens_planned
+
 
 def study_statuses(ledger: Ledger, studies: list[str] | None = None) -> list[StudyStatus]:
     """All studies of a sweep, or those named, by layer."""
@@ -53,22 +63,26 @@ def _study_status(ledger: Ledger, study: Study) -> StudyStatus:
 
 
 def status_record(ledger: Ledger) -> dict[str, Any]:
-    """What `orchestrate status --json` prints: counts by state, tokens done and planned, per study and in all."""
+    """What `orchestrate status --json` prints: counts by state, tokens done and planned, per study and in all.
+
+    All together are the studies that the sweep file asked for at the latest start.
+    """
     statuses = study_statuses(ledger)
-    trainings = [training for status in statuses for training in status.trainings]
+    current = [status for status in statuses if status.study.is_current]
     return {
         "sweep": ledger.sweep().name,
         "folder": str(ledger.folder),
-        "trainings": ledger.counts(),
-        "tokens_done": sum(training.tokens_done for training in trainings),
-        "tokens_planned": sum(training.tokens_planned for training in trainings),
+        "trainings": {state: sum(status.counts[state] for status in current) for state in STATES},
+        "tokens_done": sum(status.tokens_done for status in current),
+        "tokens_planned": sum(status.tokens_planned for status in current),
         "studies": [
             {
                 "study_id": status.study.study_id,
                 "layer": status.study.layer,
+                "current": status.study.is_current,
                 "trainings": status.counts,
-                "tokens_done": sum(training.tokens_done for training in status.trainings),
-                "tokens_planned": sum(training.tokens_planned for training in status.trainings),
+                "tokens_done": status.tokens_done,
+                "tokens_planned": status.tokens_planned,
                 "front": len(status.front),
                 "hypervolume": status.hypervolume,
             }
@@ -76,7 +90,8 @@ def status_record(ledger: Ledger) -> dict[str, Any]:
         ],
         "failures": [
             {"training_id": one.training_id, "layer": one.layer, "error": one.error}
-            for one in trainings
+            for status in current
+            for one in status.trainings
             if one.state == "failed"
         ],
     }

@@ -97,7 +97,15 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
     ledger = Ledger(plan.folder / LEDGER_FILE)
     ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions())
     for study in plan.studies:
-        ledger.open_study(study.study_id, config.task, study.layer, study.identity)
+        ledger.open_study(
+            study.study_id,
+            config.task,
+            study.layer,
+            study.identity,
+            model=config.model.name,
+            corpus=config.corpus.name,
+        )
+    ledger.set_current({study.study_id: study.tokens_planned for study in plan.studies})
     tracking = TrackingThread(Tracker(config.tracking, storage_folder(config), ledger), TRACKING_INTERVAL_SECONDS)
     works: list[StudyWork] = []
     try:
@@ -108,6 +116,8 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
             view.training_started(plan, ledger)
             _train(plan, queue)
     finally:
+        # no worker outlives its driver
+        ledger.reopen_running()
         tracking_error = tracking.stop()
     wanted = {identifier for work in works for identifier in work.wanted}
     states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)

@@ -47,13 +47,11 @@ def state_table(statuses: list[StudyStatus]) -> Table:
     for column in ("layer", "open", "running", "finished", "failed", "tokens", "on front", "hypervolume"):
         table.add_column(column, justify="right", no_wrap=True)
     for status in statuses:
-        done = sum(training.tokens_done for training in status.trainings)
-        planned = sum(training.tokens_planned for training in status.trainings)
         counts = status.counts
         table.add_row(
             str(status.study.layer),
             *(str(counts[state]) for state in ("open", "running", "finished", "failed")),
-            f"{done:,} of {planned:,}",
+            f"{status.tokens_done:,} of {status.tokens_planned:,}",
             str(len(status.front)),
             f"{status.hypervolume:.2f}",
         )

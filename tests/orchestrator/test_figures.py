@@ -16,7 +16,7 @@ RED = (0xD6 / 255, 0x27 / 255, 0x28 / 255)
 def ledger(tmp_path: Path) -> Ledger:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     for layer in (4, 8):
-        ledger.open_study(f"study{layer}", "transcoder", layer, {})
+        ledger.open_study(f"study{layer}", "transcoder", layer, {}, model="m", corpus="c")
     return ledger
 
 

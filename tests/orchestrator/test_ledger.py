@@ -17,7 +17,7 @@ HYPERPARAMETERS = {"dictionary_size": 512, "activation": "topk", "k": 16, "learn
 def ledger(tmp_path: Path) -> Ledger:
     ledger = Ledger(tmp_path / "sweep" / "ledger.sqlite")
     ledger.open_sweep("l1", {"layers": [8]}, "abc", {"torch": "2.13"})
-    ledger.open_study("study", "transcoder", 8, {"corpus": "sotu"})
+    ledger.open_study("study", "transcoder", 8, {"corpus": "sotu"}, model="m", corpus="c")
     ledger.add_training("study", "one", HYPERPARAMETERS, tokens_planned=1000)
     return ledger
 
@@ -62,7 +62,7 @@ def test_adding_a_training_again_returns_the_one_that_is_there(ledger: Ledger) -
 
 
 def test_numbers_count_per_study_in_the_order_of_asking(ledger: Ledger) -> None:
-    ledger.open_study("early", "transcoder", 4, {})
+    ledger.open_study("early", "transcoder", 4, {}, model="m", corpus="c")
     for study_id, training_id in [("study", "two"), ("early", "a"), ("study", "three"), ("early", "b")]:
         ledger.add_training(study_id, training_id, HYPERPARAMETERS, 1000)
     rows = [(training.layer, training.number, training.training_id) for training in ledger.trainings()]
@@ -124,6 +124,16 @@ def test_failed_and_reopened(ledger: Ledger) -> None:
     reopened = ledger.training("one")
     assert (reopened.state, reopened.error, reopened.finished) == ("open", None, None)
     assert reopened.attempts == 1
+
+
+def test_whatever_runs_is_put_back_at_once(ledger: Ledger) -> None:
+    ledger.add_training("study", "two", HYPERPARAMETERS, 1000)
+    ledger.add_training("study", "three", HYPERPARAMETERS, 1000)
+    for training_id in ("one", "two"):
+        ledger.start(training_id, "pack-0", {})
+    ledger.finish("two", {"kl": 0.1}, "d", "aa")
+    ledger.reopen_running()
+    assert ledger.counts() == {"open": 2, "running": 0, "finished": 1, "failed": 0}
 
 
 def test_counts_have_every_state(ledger: Ledger) -> None:
@@ -224,7 +234,7 @@ from pathlib import Path
 from orchestrator.ledger import Ledger
 ledger = Ledger(Path({str(tmp_path)!r}) / "ledger.sqlite")
 ledger.open_sweep("l1", {{}}, None, {{}})
-ledger.open_study("study", "transcoder", 8, {{}})
+ledger.open_study("study", "transcoder", 8, {{}}, model="m", corpus="c")
 ledger.add_training("study", "one", {{}}, 10)
 ledger.finish("one", {{"kl": 0.25}}, "d", "aa")
 os.kill(os.getpid(), signal.SIGKILL)

@@ -75,7 +75,7 @@ def start(
     ledger.open_sweep("test", {}, None, {})
     works = []
     for study in studies:
-        ledger.open_study(study, "transcoder", LAYERS[study], {})
+        ledger.open_study(study, "transcoder", LAYERS[study], {}, model="m", corpus="c")
         recorded = ledger.trainings(study)
         wanted = {training.training_id for training in recorded if is_wanted(training)}
         search = StudySearch([space], sampler, trainings, 0, history(recorded, wanted))
@@ -355,6 +355,31 @@ def test_a_damaged_checkpoint_or_that_of_another_training_is_not_continued(
     assert not damaged.exists() and not swapped.exists()
     # nothing is thrown away: a person may look at it
     assert len(list(damaged.parent.glob("*.safetensors.damaged"))) == 2
+
+
+def test_a_checkpoint_that_cannot_be_used_is_said_before_any_pack_runs(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=1)
+    order = take(driver)
+    driver.report(order, 4)
+    path = checkpoint_path(tmp_path, ids(order)[0])
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        start(tmp_path)
+
+
+def test_a_waiting_checkpoint_is_read_once(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=1)
+    for order in (take(driver), take(driver)):
+        driver.report(order, 4)
+        driver.queue.end(order.pack_id, "its worker died")
+    first = take(driver)
+    assert first.steps_done == 4
+    # whoever still waits is known: its file is not looked at again
+    (waiting,) = [one for one in grid_ids()[:2] if one not in ids(first)]
+    checkpoint_path(tmp_path, waiting).write_bytes(b"nonsense")
+    second = take(driver)
+    assert (ids(second), second.steps_done) == ([waiting], 4)
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(tmp_path: Path) -> None:

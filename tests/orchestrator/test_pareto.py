@@ -112,7 +112,7 @@ def test_a_reference_without_logarithm_is_refused(reference: tuple[float, float]
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.open_study("study", "transcoder", 8, {})
+    ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
     return ledger
 
 
@@ -161,7 +161,7 @@ def test_front_of_a_study_leaves_out_the_collapsed_the_failed_and_the_unfinished
 
 def test_trainings_of_two_studies_have_no_common_front(ledger: Ledger) -> None:
     finished(ledger, "one", 8.0, 0.1)
-    ledger.open_study("other", "transcoder", 9, {})
+    ledger.open_study("other", "transcoder", 9, {}, model="m", corpus="c")
     ledger.add_training("other", "two", {"dictionary_size": 512}, 1000)
     with pytest.raises(ValueError, match="one study"):
         front_trainings(ledger.trainings())

@@ -33,7 +33,7 @@ def train(plan: SweepPlan, layer: int, states: dict[int, str], **changed: object
     ledger = Ledger(plan.folder / LEDGER_FILE)
     ledger.open_sweep(plan.config.name, {}, None, {})
     (study,) = [study for study in plan.studies if study.layer == layer]
-    ledger.open_study(study.study_id, "transcoder", layer, study.identity)
+    ledger.open_study(study.study_id, "transcoder", layer, study.identity, model="m", corpus="c")
     for k, state in states.items():
         point = {"dictionary_size": 128, "activation": "topk", "k": k, "learning_rate": 6e-3, "seed": 0} | changed
         identifier = training_id(study.study_id, point)
@@ -86,6 +86,11 @@ def test_pack_size(tmp_path: Path, overrides: list[str], size: int) -> None:
     assert plan_of(write_sweep(tmp_path), *overrides).pack_size == size
 
 
+def test_a_share_of_a_cpu_loses_no_slot_to_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.plan.machine_cpus", lambda: 0.3)
+    assert plan_of(write_sweep(tmp_path), "resources.pack.cpu=0.1").slots == 3
+
+
 def test_a_search_that_learns_gets_smaller_packs(tmp_path: Path) -> None:
     file = write_sweep(tmp_path, search={"sampler": "tpe", "trainings": 40, "space": RANGE})
     plan = plan_of(file, f"resources.pack.cpu={machine_cpus()}")
@@ -119,6 +124,7 @@ def test_an_edited_grid_trains_only_what_is_missing(tmp_path: Path) -> None:
     assert work(plan_of(file))[0] == (2, 0, 2)
     larger = plan_of(file, "search.space.k=[8,16,32]", "search.trainings=6")
     assert work(larger)[0] == (2, 0, 4)
+    assert larger.studies[0].tokens_planned == 6 * larger.tokens_per_training
     # what is finished or open outside the grid is neither counted nor continued
     train(plan_of(file), 1, {16: "open"}, dictionary_size=256)
     smaller = plan_of(file, "search.space.k=8")

@@ -41,7 +41,7 @@ def storage(tmp_path: Path, migrated: bytes) -> Path:
 def ledger(storage: Path) -> Ledger:
     ledger = Ledger(storage / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {"name": "l1", "layers": [8]}, "abc123", {"torch": "2.13.0"})
-    ledger.open_study("study", "transcoder", 8, {})
+    ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
     return ledger
 
 
@@ -364,7 +364,7 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
         port = free.getsockname()[1]
     ledger = Ledger(tmp_path / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {}, None, {})
-    ledger.open_study("study", "transcoder", 8, {})
+    ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
     tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path, ledger)
     start(ledger, "one")
     ledger.report("one", 100, {"loss": 1.0}, seconds=1.0)
