@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from orchestrator.addresses import HIDDEN, redact_url
+from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
 from orchestrator.config import SweepConfig, load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
@@ -217,8 +217,8 @@ def _tracking_address(sweep: str | None) -> str:
     else:
         tracking, storage = None, Path("runs")
     address, _ = tracking_address(tracking, storage)
-    file = Path(address.removeprefix("sqlite:///"))
-    if address.startswith("sqlite") and not file.is_file():
+    file = sqlite_file(address)
+    if file is not None and not file.is_file():
         raise InputError(f"{file}: no tracking store here; run a sweep first, or name one: orchestrate ui SWEEP")
     return address
 

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.addresses import redact_url
+from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.composition import compose_sweep
 from orchestrator.search.space import Alternative, validate_space
 from orchestrator.validation import explain
@@ -39,6 +39,20 @@ def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _not_built(what: str, absent: object) -> BeforeValidator:
+    """For a key of the design that has one value so far: it may be written, and anything else is said to be to come."""
+
+    def check(value: object) -> object:
+        if isinstance(value, bool) or value != absent:
+            raise ValueError(f"not built yet: {what}; write {'null' if absent is None else absent} or leave it out")
+        return absent
+
+    return BeforeValidator(check)
+
+
+Gpu = Annotated[int, _not_built("trainings and activations on a GPU", 0)]
+
+
 class SearchConfig(Schema):
     """What to try. `trainings` is the budget of one layer; `space` holds one or more alternatives.
 
@@ -46,7 +60,7 @@ class SearchConfig(Schema):
     """
 
     sampler: Literal["auto", "grid", "random", "tpe", "gp", "nsga2"] = "auto"
-    trainings: WholeNumber = Field(gt=0, examples=[8])
+    trainings: WholeNumber = Field(gt=0, le=100_000, examples=[8])
     space: tuple[Alternative, ...] = Field(examples=[{"dictionary_size": 512, "activation": "topk", "k": 16}])
 
     @field_validator("space", mode="before")
@@ -73,12 +87,14 @@ class PackResources(Schema):
     """What Ray reserves for one pack. With a share of a CPU, more packs than CPUs run at once."""
 
     cpu: Number = Field(default=1, ge=0.1)
+    gpu: Gpu = 0
 
 
 class ActivationResources(Schema):
     """How many CPUs the building of the activation cache uses; None: all that the machine has."""
 
     cpu: WholeNumber | None = Field(default=None, gt=0)
+    gpu: Gpu = 0
 
 
 class ResourcesConfig(Schema):
@@ -103,9 +119,11 @@ class SweepConfig(Schema):
     seed: WholeNumber = Field(default=0, ge=0, lt=2**32)
     training: TrainingConfig = Field(examples=[{"tokens": 100_000}])
     search: SearchConfig = Field(examples=["topk"])
+    halving: Annotated[None, _not_built("stopping trainings at rungs", None)] = None
     pack: Literal["auto"] | int = "auto"
     resources: ResourcesConfig = ResourcesConfig()
     activations: ActivationsConfig = ActivationsConfig()
+    ledger: Annotated[None, _not_built("a ledger outside the sweep's folder", None)] = None
     tracking: Text | None = None
     storage: Text = "runs"
 
@@ -139,6 +157,7 @@ class SweepConfig(Schema):
             return None
         if not _TRACKING.fullmatch(tracking):
             raise ValueError("must be an MLflow address such as http://localhost:5000 or sqlite:///mlflow.db")
+        sqlite_file(tracking)
         try:
             _ = urlsplit(tracking).port
         except ValueError:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 from orchestrator.config import SweepConfig
@@ -240,8 +240,9 @@ def _study_plan(
     inside = [
         one for one in trainings if any(contains(alternative, canonical(one.hyperparameters)) for alternative in space)
     ]
-    points = islice(enumerate_space(space) or count(), config.search.trainings)
-    new = max(0, sum(1 for _ in points) - len(inside))
+    points, budget = enumerate_space(space), config.search.trainings
+    possible = budget if points is None else sum(1 for _ in islice(points, budget))
+    new = max(0, possible - len(inside))
     if sampler_of(config) == "grid":
         wanted = {training_id(identifier, point) for point in grid(space)}
         inside = [one for one in inside if one.training_id in wanted]

@@ -12,7 +12,6 @@ from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, checkpoin
 from orchestrator.versions import git_sha, package_versions
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import DictionaryConfig, save_dictionary
-from qkmodel.errors import InputError
 from qkmodel.evaluation import evaluate, evaluate_briefly, evaluate_cross_entropy
 from qkmodel.pack import Member, PackTrainer, load_checkpoint, save_checkpoint
 from qkmodel.reference import load_reference
@@ -79,7 +78,7 @@ class PackTrainable(tune.Trainable):
             if self._trainer is None:
                 self._open()
             return self._train_and_report()
-        except (RuntimeError, OSError, MemoryError, InputError) as error:
+        except (RuntimeError, OSError, MemoryError, ValueError, LookupError, ArithmeticError) as error:
             _log.exception("pack %s", self._order.pack_id)
             reason = str(error).strip().splitlines() or ["no message"]
             return {"reports": [], "error": f"{type(error).__name__}: {reason[0]}", "done": True}

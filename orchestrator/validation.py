@@ -21,7 +21,7 @@ def explain(error: ValidationError, data: Mapping[str, Any], schema: type[BaseMo
         data: the mapping as it was before validation, in which the keys are looked up.
         schema: the model that was to be built.
     """
-    mistakes = error.errors(include_url=False)
+    mistakes = _causes(error.errors(include_url=False))
     # an unknown key is more often the cause of a missing one than the other way round
     first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
     cause = first.get("ctx", {}).get("error")
@@ -29,6 +29,18 @@ def explain(error: ValidationError, data: Mapping[str, Any], schema: type[BaseMo
     message = str(cause) if isinstance(cause, InputError) else _explain_one(first, data, schema)
     rest = len({_real_path(mistake["loc"], data) for mistake in mistakes} - {_real_path(first["loc"], data)})
     return f"{message} (and {rest} more to put right)" if rest else message
+
+
+def _causes(mistakes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without those that only follow from another: a list that is too short once its bad entries are left out."""
+    places = [mistake["loc"] for mistake in mistakes]
+    return [
+        mistake
+        for mistake in mistakes
+        if not any(
+            len(place) > len(mistake["loc"]) and place[: len(mistake["loc"])] == mistake["loc"] for place in places
+        )
+    ]
 
 
 def _explain_one(mistake: Mapping[str, Any], data: Mapping[str, Any], schema: type[BaseModel]) -> str:

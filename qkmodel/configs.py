@@ -61,7 +61,7 @@ class CorpusConfig(Schema):
     """
 
     name: Text = Field(examples=["sotu"])
-    context: WholeNumber = Field(default=128, ge=3)
+    context: WholeNumber = Field(default=128, ge=3, le=2**20)
     validation_documents: Number = Field(default=0.1, gt=0, lt=1)
     bos: str | None = Field(default="auto", min_length=1)
     text_field: Text = "text"
@@ -85,9 +85,9 @@ class TrainingConfig(Schema):
     with the reconstructed pattern patched in (0: those metrics are left out).
     """
 
-    tokens: WholeNumber = Field(gt=0, examples=[100_000])
-    batch_sequences: WholeNumber = Field(default=8, gt=0)
-    validation_sequences: WholeNumber = Field(default=200, gt=0)
+    tokens: WholeNumber = Field(gt=0, le=10**12, examples=[100_000])
+    batch_sequences: WholeNumber = Field(default=8, gt=0, le=2**16)
+    validation_sequences: WholeNumber = Field(default=200, gt=0, le=10**6)
     report_tokens: WholeNumber | None = Field(default=None, gt=0)
     cross_entropy_sequences: WholeNumber = Field(default=8, ge=0)
     learning_rate_schedule: Literal["constant", "linear"] = "constant"

@@ -18,13 +18,13 @@ class Hyperparameters(Schema):
     initialisation only; the order of the data depends on the sweep's seed.
     """
 
-    dictionary_size: int = Field(ge=1)
+    dictionary_size: int = Field(ge=1, le=2**20)
     activation: Activation
     k: int | None = Field(default=None, ge=1)
     penalty: Penalty | None = None
     sparsity_coefficient: float | None = Field(default=None, ge=0)
     learning_rate: float = Field(gt=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _match_activation(self) -> Self:

@@ -56,6 +56,8 @@ Alternative = dict[str, Setting]
 
 # Up to this many points a grid is listed to be counted.
 _LISTED_POINTS = 100_000
+# More digits than this help nobody to find a number in a file.
+_LONGEST_NUMBER = 30
 
 
 def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings: int) -> None:
@@ -303,11 +305,16 @@ def _explain(where: str, alternative: Alternative, error: ValidationError) -> st
         return f"{where}: {first['loc'][0]} is missing; every training needs one"
     if first["loc"]:
         message = first["msg"].replace("Input should be", "has to be")
-        return f"{where}.{first['loc'][0]}: {first['input']:g} {message}"
+        return f"{where}.{first['loc'][0]}: {_shown(first['input'])} {message}"
     reason = str(first["ctx"]["error"])
     if len(values(alternative["activation"])) > 1:
         reason += "; write one alternative per activation, as a list of mappings"
     return f"{where}: {reason}"
+
+
+def _shown(number: float) -> str:
+    text = str(number) if isinstance(number, int) else f"{number:g}"
+    return text if len(text) <= _LONGEST_NUMBER else f"{text[:_LONGEST_NUMBER]}…"
 
 
 def _suggestion(word: object, known: typing.Iterable[str]) -> str:

@@ -191,6 +191,14 @@ def test_a_folder_without_a_sweep_is_answered_with_one_line(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("address", ["sqlite:///{}/none.db", "sqlite+pysqlite:///{}/none.db?timeout=5"])
+def test_a_tracking_store_that_is_not_there_is_named(tmp_path: Path, address: str) -> None:
+    file = write_sweep(tmp_path, tracking=address.format(tmp_path))
+    ran = orchestrate("ui", str(file), cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"error: {tmp_path}/none.db: no tracking store here"), ran.stderr
+
+
 # top-level keys of the sweep file, overrides, what the line has to say
 BROKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "layer out of range": ({"layers": [1, 30]}, [], ["layers: 30", "smollm2-135m", "0 to 29"]),

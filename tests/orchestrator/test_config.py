@@ -61,7 +61,13 @@ BROKEN_VALUES = {
     "unknown key": ("training:", "traning:", ["traning", "did you mean training?"]),
     "unknown inner key": ("batch_sequences:", "batch_sequence:", ["training.batch_sequence", "batch_sequences?"]),
     "key without near miss": ("name: good", "name: good\nzebra: 1", ["zebra", "known: name, task"]),
-    "halving is not built": ("name: good", "name: good\nhalving: {eta: 3}", ["halving", "known:"]),
+    "halving is not built": ("name: good", "name: good\nhalving: {eta: 3}", ["halving", "not built yet", "write null"]),
+    "ledger is not built": ("name: good", "name: good\nledger: postgresql://h/d", ["ledger", "not built yet", "null"]),
+    "endless tokens": ("10_000", "100000000000000000", ["training.tokens", "100000000000000000", "1000000000000"]),
+    "endless trainings": ("trainings: 8", "trainings: 100001", ["search.trainings", "100001", "100000"]),
+    "endless dictionary": ("[512, 1024]", "[512, 1000000000]", ["search.space.dictionary_size", "1048576"]),
+    "digits without end": ("[512, 1024]", "1" + "0" * 400, ["search.space.dictionary_size", "1048576"]),
+    "seed beyond 64 bits": ("penalty: l1", "penalty: l1\n    seed: 1" + "0" * 23, ["search.space.seed", "less than"]),
     "missing key": ("layers: [4, 8]\n", "", ["layers", "missing", "layers: [8]"]),
     "word for a count": ("10_000", "many", ["training.tokens", '"many"', "whole number"]),
     "fraction for a count": ("10_000", "1000.5", ["training.tokens", "1000.5", "whole number"]),
@@ -103,9 +109,15 @@ BROKEN_VALUES = {
     "a GPU, which nothing uses": (
         "name: good",
         "name: good\nresources: {pack: {gpu: 1}}",
-        ["resources.pack.gpu", "cpu"],
+        ["resources.pack.gpu", "not built yet", "write 0"],
     ),
     "tracking into a folder": ("name: good", "name: good\ntracking: mlruns", ["tracking", '"mlruns"', "http://"]),
+    "tracking on a host without one": (
+        "name: good",
+        "name: good\ntracking: sqlite+pysqlite://a/b.db",
+        ["tracking", "sqlite:///FILE.db"],
+    ),
+    "tracking in no file": ("name: good", "name: good\ntracking: sqlite://a.db", ["tracking", "sqlite:///FILE.db"]),
     "object store": ("name: good", "name: good\nstorage: s3://bucket", ["storage", '"s3://bucket"', "folder"]),
     "line break in a name": ("name: sotu", 'name: "so\\ntu"', ["corpus.name", '"so\\ntu"', "line breaks"]),
 }
@@ -212,6 +224,16 @@ def test_a_missing_file_names_the_nearest_one(good: Path) -> None:
     assert "good.yaml" in message_of(good.with_name("god.yaml"))
     assert "folder" in message_of(good.parent)
     assert "too long" in message_of(good.with_name("x" * 300))
+
+
+def test_the_sweep_file_of_the_design_is_read(good: Path) -> None:
+    design = "halving: null\nledger: null\nresources: {pack: {cpu: 2, gpu: 0}, activations: {cpu: 2, gpu: 0}}\n"
+    good.write_text(GOOD + design)
+    assert load_sweep(good).resources.pack.cpu == 2
+
+
+def test_one_mistake_is_counted_once(good: Path) -> None:
+    assert message_of(good, "layers=[-1]").endswith("layers[0]: -1 must be at least 0")
 
 
 def test_several_mistakes_are_counted(good: Path) -> None:

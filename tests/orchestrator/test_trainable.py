@@ -10,7 +10,8 @@ from orchestrator.trainable import PackTrainable
 from qkmodel.configs import CorpusConfig, ModelConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity, load_dictionary
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.reference import reference_path
+from qkmodel.reference import ReferenceHeader, reference_path
+from qkmodel.tensor_file import read_tensor_file, write_tensor_file
 from tests.qkmodel.world import LAYER, SmallWorld, make_world
 
 STEPS = 48
@@ -118,6 +119,17 @@ def test_what_goes_wrong_is_answered(world: SmallWorld, tmp_path: Path) -> None:
     result = PackTrainable(config).step()
     assert result["done"] and result["reports"] == []
     assert result["error"].startswith("InputError") and "cannot be read" in result["error"]
+
+
+def test_a_reference_that_lacks_a_tensor_is_answered_with_the_reason(world: SmallWorld, tmp_path: Path) -> None:
+    whole = reference_path(world.cache, LAYER, world.training)
+    header, tensors = read_tensor_file(whole, ReferenceHeader)
+    lacking = tmp_path / "reference.safetensors"
+    write_tensor_file(lacking, header, {name: value for name, value in tensors.items() if name != "mean_key"})
+    config = order(world, tmp_path, {"a": 1e-2})
+    config["order"] = config["order"].replace(str(whole), str(lacking))
+    result = PackTrainable(config).step()
+    assert result["done"] and result["error"] == "KeyError: 'mean_key'"
 
 
 def test_a_worker_takes_up_another_pack(world: SmallWorld, tmp_path: Path) -> None:

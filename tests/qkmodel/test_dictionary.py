@@ -114,9 +114,9 @@ def test_a_consistent_forgery_fails_against_the_ledgers_hash(saved: tuple[Path, 
 
 def test_a_forged_size_is_compared_before_it_is_allocated(saved: tuple[Path, str]) -> None:
     config = json.loads((saved[0] / CONFIG_FILE).read_text())
-    config["hyperparameters"]["dictionary_size"] = 10**13
+    config["hyperparameters"]["dictionary_size"] = 2**20
     (saved[0] / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"needs float32 \(10000000000000"):
+    with pytest.raises(InputError, match=r"needs float32 \(1048576"):
         load_dictionary(saved[0])
 
 
