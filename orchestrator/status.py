@@ -6,6 +6,7 @@ from typing import Any
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import STATES, State, Study, Training
 from orchestrator.pareto import front_trainings, hypervolume
+from orchestrator.study_names import study_titles
 
 FRONT_METRICS = (
     "kl",
@@ -23,9 +24,13 @@ FRONT_METRICS = (
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """One study: its trainings and the front they make. `hypervolume` as `pareto.hypervolume` defines it."""
+    """One study: its trainings and the front they make. `hypervolume` as `pareto.hypervolume` defines it.
+
+    `title` names the study among those of its sweep.
+    """
 
     study: Study
+    title: str
     trainings: list[Training]
     front: list[Training]
     hypervolume: float
@@ -49,17 +54,23 @@ class StudyStatus:
 
 def study_statuses(ledger: Ledger, studies: list[str] | None = None) -> list[StudyStatus]:
     """All studies of a sweep, or those named, by layer."""
-    return [_study_status(ledger, study) for study in ledger.studies() if studies is None or study.study_id in studies]
+    all_studies = ledger.studies()
+    titles = study_titles(all_studies)
+    return [
+        _study_status(ledger, study, titles[study.study_id])
+        for study in all_studies
+        if studies is None or study.study_id in studies
+    ]
 
 
-def _study_status(ledger: Ledger, study: Study) -> StudyStatus:
+def _study_status(ledger: Ledger, study: Study, title: str) -> StudyStatus:
     trainings = ledger.trainings(study.study_id)
     front = front_trainings(trainings)
     area = 0.0
     if front:
         points = [(one.metrics["l0"], one.metrics["kl"]) for one in front]
         area = hypervolume(points, (study.reference["l0_cap"], study.reference["kl_baseline"]))
-    return StudyStatus(study, trainings, front, area)
+    return StudyStatus(study, title, trainings, front, area)
 
 
 def status_record(ledger: Ledger) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from orchestrator.preparation import Preparation, prepare
 from orchestrator.search.searcher import PackSearcher
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
-from orchestrator.tracking import Tracker, TrackingThread
+from orchestrator.tracking import EndStatus, Tracker
+from orchestrator.tracking_thread import TrackingThread
 from orchestrator.trainable import PackTrainable
 from orchestrator.versions import git_sha, package_versions
 from qkmodel.activation_build import BuildProgress
@@ -108,6 +109,7 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
     ledger.set_current({study.study_id: study.tokens_planned for study in plan.studies})
     tracking = TrackingThread(Tracker(config.tracking, storage_folder(config), ledger), TRACKING_INTERVAL_SECONDS)
     works: list[StudyWork] = []
+    ended: EndStatus = "KILLED"
     try:
         if prepared is not None:
             _record_references(plan, prepared, ledger)
@@ -115,10 +117,11 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
             queue = PackQueue(ledger, works, plan.folder, plan.pack_size)
             view.training_started(plan, ledger)
             _train(plan, queue)
+        ended = "FINISHED"
     finally:
         # no worker outlives its driver
         ledger.reopen_running()
-        tracking_error = tracking.stop()
+        tracking_error = tracking.stop(ended)
     wanted = {identifier for work in works for identifier in work.wanted}
     states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)
     return SweepOutcome(ledger, states["finished"], states["failed"] + plan.diverged, tracking_error)

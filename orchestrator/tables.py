@@ -10,9 +10,9 @@ from orchestrator.status import StudyStatus
 
 
 def front_table(status: StudyStatus) -> RenderableType:
-    """One layer's front, best KL last."""
+    """One study's front, best KL last."""
     baseline = status.study.reference.get("kl_baseline")
-    title = f"layer {status.study.layer}: front of {status.counts['finished']} finished trainings"
+    title = f"{status.title}: front of {status.counts['finished']} finished trainings"
     if baseline is not None:
         title += f" (baseline KL {baseline:.3f} nats, hypervolume {status.hypervolume:.2f})"
     if not status.front:
@@ -42,14 +42,14 @@ def _front_cells(training: Training) -> list[str]:
 
 
 def state_table(statuses: list[StudyStatus]) -> Table:
-    """Trainings by state and tokens, per layer."""
+    """Trainings by state and tokens, per study."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("layer", "open", "running", "finished", "failed", "tokens", "on front", "hypervolume"):
+    for column in ("study", "open", "running", "finished", "failed", "tokens", "on front", "hypervolume"):
         table.add_column(column, justify="right", no_wrap=True)
     for status in statuses:
         counts = status.counts
         table.add_row(
-            str(status.study.layer),
+            status.title,
             *(str(counts[state]) for state in ("open", "running", "finished", "failed")),
             f"{status.tokens_done:,} of {status.tokens_planned:,}",
             str(len(status.front)),

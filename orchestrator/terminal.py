@@ -60,7 +60,7 @@ def _best_line(status: StudyStatus) -> str:
     best = min(status.front, key=lambda training: training.metrics["kl"])
     metrics = best.metrics
     return (
-        f"layer {status.study.layer}: lowest KL {metrics['kl']:.4f} ({metrics['kl_recovered']:.1%} recovered) "
+        f"{status.title}: lowest KL {metrics['kl']:.4f} ({metrics['kl_recovered']:.1%} recovered) "
         f"at l0 {metrics['l0']:.1f}, {best.label}"
     )
 

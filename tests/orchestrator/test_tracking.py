@@ -15,9 +15,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestrator.ledger import Ledger
-from orchestrator.tracking import Tracker, TrackingThread, TrackingUnavailable, tracking_address
+from orchestrator.tracking import Tracker, TrackingUnavailable, tracking_address
+from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
 
+IDENTITY = {"corpus": {"context": 128}, "training": {"tokens": 1000}, "seed": 3}
 DEAD_ADDRESS = "http://user:hunter2@127.0.0.1:9"
 
 
@@ -41,13 +43,13 @@ def storage(tmp_path: Path, migrated: bytes) -> Path:
 def ledger(storage: Path) -> Ledger:
     ledger = Ledger(storage / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {"name": "l1", "layers": [8]}, "abc123", {"torch": "2.13.0"})
-    ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
+    ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
     return ledger
 
 
-def start(ledger: Ledger, training_id: str, k: int = 16) -> None:
+def start(ledger: Ledger, training_id: str, k: int = 16, study: str = "study") -> None:
     hyperparameters = {"dictionary_size": 512, "activation": "topk", "k": k, "learning_rate": 3e-3, "seed": 0}
-    ledger.add_training("study", training_id, hyperparameters, 1000)
+    ledger.add_training(study, training_id, hyperparameters, 1000)
     ledger.start(training_id, "pack-0", {"device": "cpu"})
 
 
@@ -105,6 +107,9 @@ def test_mlflow_shows_what_the_ledger_holds(storage: Path, ledger: Ledger) -> No
     assert child.info.end_time == int(training.finished.timestamp() * 1000)
     assert child.data.params["layer"] == "8"
     assert child.data.params["k"] == "16"
+    named = {"model": "m", "corpus": "c", "context": "128", "tokens": "1000", "sweep_seed": "3"}
+    assert named.items() <= child.data.params.items()
+    assert child.data.tags["qk.study_id"] == "study"
     assert child.data.metrics == {"loss": 0.4, "kl": 0.1, "l0": 16.0, "kl_recovered": 0.95}
     assert history(storage, child, "loss") == [(500, 0.9), (1000, 0.4)]
     assert history(storage, child, "kl") == [(1000, 0.1)]
@@ -198,12 +203,14 @@ def test_a_training_that_never_started_has_no_run(storage: Path, ledger: Ledger)
 def test_the_parent_says_whether_the_sweep_ended_or_was_interrupted(storage: Path, ledger: Ledger) -> None:
     tracker = Tracker(None, storage, ledger)
     start(ledger, "one")
-    tracker.deliver(closing=True)
+    tracker.deliver("KILLED")
     assert runs(storage)[0].info.status == "KILLED"
     tracker.deliver()
     assert runs(storage)[0].info.status == "RUNNING"
     finish(ledger, "one", l0=16.0, kl=0.1)
-    tracker.deliver(closing=True)
+    # a training that no start asks for any more stays open for ever
+    ledger.add_training("study", "of an earlier file", {"dictionary_size": 512}, 1000)
+    tracker.deliver("FINISHED")
     assert runs(storage)[0].info.status == "FINISHED"
 
 
@@ -272,9 +279,95 @@ def test_the_thread_delivers_and_ends_the_parent(storage: Path, ledger: Ledger) 
         assert time.monotonic() < deadline
         time.sleep(0.05)
     finish(ledger, "one", l0=16.0, kl=0.1)
-    assert thread.stop() is None
+    assert thread.stop("FINISHED") is None
     parent, children = runs(storage)
     assert (parent.info.status, children["one"].info.status) == ("FINISHED", "FINISHED")
+
+
+def test_studies_of_one_layer_are_told_apart_and_keep_their_files(storage: Path, ledger: Ledger) -> None:
+    tracker = Tracker(None, storage, ledger)
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    tracker.deliver()
+    ledger.open_study("0123456789abcdef", "transcoder", 8, IDENTITY, model="m", corpus="other")
+    start(ledger, "two", study="0123456789abcdef")
+    finish(ledger, "two", l0=8.0, kl=0.2)
+    start(ledger, "three", k=8)
+    finish(ledger, "three", l0=8.0, kl=0.3)
+    tracker.deliver("FINISHED")
+    parent, _ = runs(storage)
+    names = {f"fronts/{name}.{kind}" for name in ("L08", "L08-01234567") for kind in ("png", "html", "json")}
+    assert artifacts(storage, parent, "fronts") == names | {"fronts/all.png"}
+    shown = {name: table_ids(storage, parent, name) for name in ("L08", "L08-01234567")}
+    assert shown == {"L08": ["three", "one"], "L08-01234567": ["two"]}
+
+
+def table_ids(storage: Path, parent: Run, name: str) -> list[str]:
+    path = client_of(storage).download_artifacts(parent.info.run_id, f"fronts/{name}.json")
+    table = json.loads(Path(path).read_text())
+    return [row[table["columns"].index("id")] for row in table["data"]]
+
+
+def test_the_large_page_of_a_front_is_sent_once_a_minute_and_at_the_end(storage: Path, ledger: Ledger) -> None:
+    def page() -> str:
+        return Path(client_of(storage).download_artifacts(runs(storage)[0].info.run_id, "fronts/L08.html")).read_text()
+
+    tracker = Tracker(None, storage, ledger)
+    start(ledger, "first")
+    finish(ledger, "first", l0=16.0, kl=0.1)
+    tracker.deliver()
+    assert "first" in page()
+    start(ledger, "further", k=8)
+    finish(ledger, "further", l0=8.0, kl=0.2)
+    tracker.deliver()
+    assert "further" not in page()
+    assert len(front_table(storage, runs(storage)[0])) == 2
+    tracker.deliver("FINISHED")
+    assert "further" in page()
+
+
+def test_an_error_that_nobody_foresaw_neither_ends_the_thread_nor_the_sweep(storage: Path, ledger: Ledger) -> None:
+    # a run without a study's facts: a KeyError deep inside
+    ledger.open_study("odd", "transcoder", 9, {}, model="m", corpus="c")
+    start(ledger, "one", study="odd")
+    thread = TrackingThread(Tracker(None, storage, ledger), interval=0.05)
+    deadline = time.monotonic() + 60
+    while thread.error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "KeyError: 'corpus'" in thread.error and "mlflow.db" in thread.error
+    with sqlite3.connect(ledger.path) as connection:
+        connection.execute("UPDATE studies SET identity = ?", [json.dumps(IDENTITY)])
+    assert thread.stop("FINISHED") is None
+    assert runs(storage)[1]["one"].data.params["context"] == "128"
+
+
+def test_two_sweeps_that_start_together_in_a_new_storage_both_arrive(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from orchestrator.ledger import Ledger
+from orchestrator.tracking import Tracker
+storage, name = Path(sys.argv[1]), sys.argv[2]
+ledger = Ledger(storage / name / "ledger.sqlite")
+ledger.open_sweep(name, {}, None, {})
+tracker = Tracker(None, storage, ledger)
+print("ready", flush=True)
+sys.stdin.readline()
+tracker.deliver("FINISHED")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    sweeps = [subprocess.Popen([*command, name], **pipes) for name in ("one", "two", "three")]
+    for sweep in sweeps:
+        assert sweep.stdout.readline() == "ready\n"
+    for sweep in sweeps:
+        sweep.stdin.write("go\n")
+        sweep.stdin.flush()
+    ended = [sweep.communicate(timeout=300) for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0, 0], ended
+    client = client_of(tmp_path)
+    assert all(client.get_experiment_by_name(name) is not None for name in ("one", "two", "three"))
 
 
 def test_the_thread_survives_an_absent_server_and_tells_the_error(storage: Path, ledger: Ledger) -> None:
@@ -285,7 +378,7 @@ def test_the_thread_survives_an_absent_server_and_tells_the_error(storage: Path,
         time.sleep(0.05)
     (storage / "nowhere").mkdir()
     (storage / "nowhere" / "mlflow.db").write_bytes((storage / "mlflow.db").read_bytes())
-    assert thread.stop() is None
+    assert thread.stop("FINISHED") is None
 
 
 @pytest.mark.parametrize("notes_before_the_kill", [1, 8, 20])
@@ -327,7 +420,7 @@ from orchestrator.tracking import Tracker
 storage = Path({str(tmp_path)!r})
 ledger = Ledger(storage / "l1" / "ledger.sqlite")
 ledger.open_sweep("l1", {{}}, None, {{}})
-Tracker(None, storage, ledger).deliver(closing=True)
+Tracker(None, storage, ledger).deliver("FINISHED")
 """
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -364,7 +457,7 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
         port = free.getsockname()[1]
     ledger = Ledger(tmp_path / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {}, None, {})
-    ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
+    ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
     tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path, ledger)
     start(ledger, "one")
     ledger.report("one", 100, {"loss": 1.0}, seconds=1.0)
@@ -375,7 +468,7 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
         tracker.deliver()
     finish(ledger, "one", l0=16.0, kl=0.1)
     with server(tmp_path, port):
-        tracker.deliver(closing=True)
+        tracker.deliver("FINISHED")
         client = MlflowClient(tracking_uri=tracker.address)
         found = client.search_runs([client.get_experiment_by_name("l1").experiment_id])
         assert sorted(run.info.status for run in found) == ["FINISHED", "FINISHED"]

@@ -251,7 +251,15 @@ def test_mlflow_holds_a_parent_and_a_child_per_training(first: Snapshot) -> None
     for identifier, run in found.children.items():
         training = by_id[identifier]
         assert run.info.status == "FINISHED"
-        params = {"layer": 1} | training.hyperparameters
+        study = {
+            "layer": 1,
+            "model": "smollm2-135m",
+            "corpus": "sotu",
+            "context": 128,
+            "tokens": TOKENS,
+            "sweep_seed": 0,
+        }
+        params = study | training.hyperparameters
         assert run.data.params == {name: str(value) for name, value in params.items()}
         final = {name: value for name, value in training.metrics.items() if value is not None}
         assert {name: run.data.metrics.get(name) for name in final} == final

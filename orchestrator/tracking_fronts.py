@@ -1,0 +1,86 @@
+"""The fronts on a sweep's parent run: a picture, a page and a table per study, and one picture of all."""
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+
+from orchestrator.figures import all_fronts_png, front_html, front_png
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import Training
+from orchestrator.pareto import front_trainings
+from orchestrator.study_names import study_names
+
+TABLES_TAG = "mlflow.loggedArtifacts"
+# a page carries all of plotly, some megabytes
+PAGE_SECONDS = 60.0
+
+
+class FrontArtifacts:
+    """What of the fronts lies in one parent run. A front is drawn again when another of its trainings has finished."""
+
+    def __init__(self, client: MlflowClient, ledger: Ledger, parent: str) -> None:
+        self._client = client
+        self._ledger = ledger
+        self._parent = parent
+        # name -> when its page was last sent, by the monotonic clock
+        self._page_sent: dict[str, float] = {}
+
+    def deliver(self, trainings: Sequence[Training], notes: Mapping[str, str], is_last: bool) -> None:
+        """Deliver what the run does not hold yet; a study's page at most once a minute, and when `is_last`."""
+        studies = self._ledger.studies()
+        names = study_names(studies)
+        finished: dict[str, list[Training]] = {names[study.study_id]: [] for study in studies}
+        for training in trainings:
+            if training.state == "finished":
+                finished[names[training.study_id]].append(training)
+        sweep = self._ledger.sweep().name
+        for name, in_study in finished.items():
+            title = f"{sweep}, {name}: KL recovered against sparsity"
+            mark = _mark(in_study)
+            if in_study and notes.get(f"front {name}") != mark:
+                self._client.log_figure(self._parent, front_png(in_study, title), f"fronts/{name}.png")
+                self._replace_table(f"fronts/{name}.json", front_trainings(in_study))
+                self._ledger.note_delivered(self._parent, f"front {name}", mark)
+            if in_study and notes.get(f"page {name}") != mark and (is_last or self._may_send_page(name)):
+                self._deliver_page(name, in_study, title)
+                self._ledger.note_delivered(self._parent, f"page {name}", mark)
+        everything = _mark([training for in_study in finished.values() for training in in_study])
+        if len(studies) > 1 and any(finished.values()) and notes.get("overview") != everything:
+            figure = all_fronts_png(finished, f"{sweep}: KL recovered against sparsity")
+            self._client.log_figure(self._parent, figure, "fronts/all.png")
+            self._ledger.note_delivered(self._parent, "overview", everything)
+
+    def _may_send_page(self, name: str) -> bool:
+        return time.monotonic() - self._page_sent.get(name, -PAGE_SECONDS) >= PAGE_SECONDS
+
+    def _deliver_page(self, name: str, trainings: Sequence[Training], title: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / f"{name}.html"
+            front_html(trainings, title).write_html(page, include_plotlyjs=True)
+            self._client.log_artifact(self._parent, page, "fronts")
+        self._page_sent[name] = time.monotonic()
+
+    def _replace_table(self, path: str, members: Sequence[Training]) -> None:
+        """Like log_table, which would append to the table that is there."""
+        rows = [_table_row(training) for training in members]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        data = [[row.get(name) for name in columns] for row in rows]
+        self._client.log_dict(self._parent, {"columns": columns, "data": data}, path)
+        tables = json.loads(self._client.get_run(self._parent).data.tags.get(TABLES_TAG, "[]"))
+        entry = {"path": path, "type": "table"}
+        if entry not in tables:
+            self._client.set_tag(self._parent, TABLES_TAG, json.dumps([*tables, entry]))
+
+
+def _mark(finished: Sequence[Training]) -> str:
+    return json.dumps(sorted(training.training_id for training in finished))
+
+
+def _table_row(training: Training) -> dict[str, Any]:
+    metrics = {name: value for name, value in training.metrics.items() if not name.startswith("kl_head_")}
+    return {"training": training.label, **training.hyperparameters, **metrics, "id": training.training_id}

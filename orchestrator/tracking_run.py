@@ -1,0 +1,138 @@
+"""One training as an MLflow run: params, metric points, state, and the dictionary of a member of a front."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import State, Study, Training
+
+# MLflow's own limits for one batch
+MAX_METRICS, MAX_PARAMS = 1000, 100
+MAX_PARAM_CHARACTERS = 6000
+
+_RUN_STATUS: dict[State, str] = {
+    "open": "SCHEDULED",
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "failed": "FAILED",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingRun:
+    """The run of one training. `notes` is what the ledger says has arrived there."""
+
+    def __init__(self, client: MlflowClient, ledger: Ledger, run_id: str, notes: dict[str, str]) -> None:
+        self._client = client
+        self._ledger = ledger
+        self._run_id = run_id
+        self._notes = notes
+
+    def deliver(self, study: Study, training: Training, is_member: bool) -> None:
+        """Deliver what the run does not hold yet; `is_member` says whether the training is on its study's front."""
+        if "params" not in self._notes:
+            self._deliver_params(study, training)
+        # a finished training reports no more
+        if not self._notes.get("status", "").startswith("FINISHED"):
+            self._deliver_reports(training)
+            self._deliver_state(training)
+        if is_member and "dictionary" not in self._notes:
+            self._deliver_dictionary(training)
+        self._deliver_membership(is_member)
+
+    def _note(self, item: str, value: str) -> None:
+        self._ledger.note_delivered(self._run_id, item, value)
+
+    def _deliver_params(self, study: Study, training: Training) -> None:
+        values = {
+            "layer": training.layer,
+            "model": study.model,
+            "corpus": study.corpus,
+            "context": study.identity["corpus"]["context"],
+            "tokens": study.identity["training"]["tokens"],
+            "sweep_seed": study.identity["seed"],
+            **training.hyperparameters,
+        }
+        params = [Param(name, str(value)[:MAX_PARAM_CHARACTERS]) for name, value in values.items() if value is not None]
+        for batch in _batches(params, MAX_PARAMS):
+            self._client.log_batch(self._run_id, params=batch)
+        self._note("params", "all")
+
+    def _deliver_reports(self, training: Training) -> None:
+        reports = self._ledger.reports(training.training_id, after=int(self._notes.get("reports", 0)))
+        for batch in _batches(reports, MAX_METRICS):
+            metrics = [
+                Metric(report.name, report.value, milliseconds(report.recorded), report.tokens)
+                for report in batch
+                if report.value is not None
+            ]
+            self._client.log_batch(self._run_id, metrics=metrics)
+            self._note("reports", str(batch[-1].report_id))
+
+    def _deliver_state(self, training: Training) -> None:
+        """The run's status; with `finished` also the final metrics, with `failed` also the reason."""
+        status = _RUN_STATUS[training.state]
+        mark = f"{status} {training.attempts}"
+        if self._notes.get("status") == mark:
+            return
+        tags = [RunTag("state", training.state)]
+        if training.error is not None:
+            tags.append(RunTag("error", training.error[:MAX_PARAM_CHARACTERS]))
+        if training.dictionary_sha256 is not None:
+            tags.append(RunTag("qk.dictionary_sha256", training.dictionary_sha256))
+        ended = milliseconds(training.finished) if training.finished is not None else None
+        final = [
+            Metric(name, value, ended, training.tokens_done)
+            for name, value in training.metrics.items()
+            if value is not None
+        ]
+        self._client.log_batch(self._run_id, tags=tags)
+        if training.error is None and self._notes.get("status", "").startswith("FAILED"):
+            self._delete_tag("error")
+        for batch in _batches(final, MAX_METRICS):
+            self._client.log_batch(self._run_id, metrics=batch)
+        if ended is None:
+            self._client.update_run(self._run_id, status)
+        else:
+            self._client.set_terminated(self._run_id, status, ended)
+        self._note("status", mark)
+
+    def _deliver_dictionary(self, training: Training) -> None:
+        path = self._ledger.folder / training.dictionary
+        if not path.exists():
+            _log.warning("%s: its dictionary %s is gone, so MLflow does not get it", training.label, path)
+        elif path.is_dir():
+            self._client.log_artifacts(self._run_id, path, "dictionary")
+        else:
+            self._client.log_artifact(self._run_id, path, "dictionary")
+        self._note("dictionary", training.dictionary_sha256 or "")
+
+    def _deliver_membership(self, is_member: bool) -> None:
+        mark = "true" if is_member else "false"
+        if self._notes.get("pareto", "false") == mark:
+            return
+        if is_member:
+            self._client.set_tag(self._run_id, "pareto", "true")
+        else:
+            self._delete_tag("pareto")
+        self._note("pareto", mark)
+
+    def _delete_tag(self, name: str) -> None:
+        # an earlier delivery may have got this far
+        if name in self._client.get_run(self._run_id).data.tags:
+            self._client.delete_tag(self._run_id, name)
+
+
+def milliseconds(time: datetime) -> int:
+    """As MLflow counts time."""
+    return int(time.timestamp() * 1000)
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,47 @@
+"""Delivers to MLflow beside the trainings, and lets nothing that goes wrong there reach them."""
+
+import logging
+import threading
+
+from orchestrator.addresses import redact_url
+from orchestrator.tracking import EndStatus, Tracker, TrackingUnavailable
+
+_log = logging.getLogger(__name__)
+
+
+class TrackingThread:
+    """Delivers every `interval` seconds, and remembers the last error."""
+
+    def __init__(self, tracker: Tracker, interval: float = 5.0) -> None:
+        self._tracker = tracker
+        self._interval = interval
+        self._stop = threading.Event()
+        self.error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread.start()
+
+    def stop(self, ended: EndStatus) -> str | None:
+        """End the thread, deliver once more and end the parent run with this status.
+
+        Returns the error of the last delivery, None where it succeeded.
+        """
+        self._stop.set()
+        self._thread.join()
+        self._try_to_deliver(ended)
+        return self.error
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._try_to_deliver(None)
+            self._stop.wait(self._interval)
+
+    def _try_to_deliver(self, ended: EndStatus | None) -> None:
+        try:
+            self._tracker.deliver(ended)
+            self.error = None
+        except TrackingUnavailable as error:
+            self.error = str(error)
+        except Exception as error:  # noqa: BLE001 - MLflow, alembic and plotly raise what they like; trainings go on
+            _log.debug("tracking", exc_info=True)
+            reason = str(error).strip().splitlines() or ["no message"]
+            self.error = f"MLflow at {self._tracker.address}: {type(error).__name__}: {redact_url(reason[0])}"
