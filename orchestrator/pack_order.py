@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from qkmodel.configs import ModelConfig, TrainingConfig
+from qkmodel.configs import TrainingConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.schema import Schema
@@ -33,7 +33,6 @@ class PackOrder(Schema):
     sweep_folder: Path
     cache_folder: Path
     reference_file: Path
-    model: ModelConfig
     model_identity: ModelIdentity
     corpus_identity: CorpusIdentity
     training: TrainingConfig

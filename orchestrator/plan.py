@@ -272,7 +272,7 @@ def _check_model(config: SweepConfig, model: ModelDescription) -> None:
             raise InputError(
                 f"layers: {layer} is out of range; {config.model.name} has layers 0 to {model.n_layers - 1}"
             )
-    if model.max_context is not None and config.corpus.context > model.max_context:
+    if config.corpus.context > model.max_context:
         raise InputError(
             f"corpus.context: {config.corpus.context} is more than {config.model.name} can read; "
             f"at most {model.max_context}"

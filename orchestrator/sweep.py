@@ -160,9 +160,8 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         sweep_folder=plan.folder,
         cache_folder=prepared.cache.folder,
         reference_file=prepared.reference_files[study.layer],
-        model=config.model,
         model_identity=ModelIdentity(
-            name=config.model.name,
+            config=config.model,
             weights_sha256=plan.model.weights_sha256,
             layer=study.layer,
             hook=f"blocks.{study.layer}.attn.hook_in",

@@ -129,9 +129,7 @@ class PackTrainable(tune.Trainable):
         )
         if training.patched_sequences > 0:
             if self._model is None:
-                from qkmodel.language_model import load_language_model
-
-                self._model = load_language_model(self._order.model)
+                self._model = self._load_model()
             metrics |= evaluate_cross_entropy(
                 member.transcoder,
                 self._layer,
@@ -141,6 +139,18 @@ class PackTrainable(tune.Trainable):
                 training.patched_sequences,
             )
         return metrics
+
+    def _load_model(self) -> "LanguageModel":
+        """Raises InputError when the model's files are no longer those that the activations come from."""
+        from qkmodel.language_model import load_language_model
+
+        identity = self._order.model_identity
+        model = load_language_model(identity.config)
+        if model.description.weights_sha256 != identity.weights_sha256:
+            raise InputError(
+                f"model {identity.config.name}: its files changed since the sweep was started; start it again"
+            )
+        return model
 
     def _save_dictionary(self, training_id: str, member: Member, metrics: dict[str, float | None]) -> str:
         order = self._order

@@ -18,23 +18,23 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from qkmodel.attention import AttentionGeometry, AttentionLayer
-from qkmodel.configs import CorpusConfig, TrainingConfig
+from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.schema import Schema
 from qkmodel.transcoder import QKTranscoder, empty_qk_transcoder
 
-DICTIONARY_FORMAT: Literal[1] = 1
+DICTIONARY_FORMAT: Literal[2] = 2
 CONFIG_FILE = "config.json"
 TRANSCODER_FILE = "transcoder.safetensors"
 ATTENTION_FILE = "attention.safetensors"
 
 
 class ModelIdentity(Schema):
-    """Which model the dictionary explains, and at which point of it."""
+    """Which model the dictionary explains, and at which point of it; `config` loads the very same again."""
 
-    name: str
+    config: ModelConfig
     weights_sha256: str
     layer: int = Field(ge=0)
     hook: str
@@ -51,7 +51,7 @@ class CorpusIdentity(Schema):
 class DictionaryConfig(Schema):
     """Everything about a dictionary but its numbers."""
 
-    format: Literal[1] = DICTIONARY_FORMAT
+    format: Literal[2] = DICTIONARY_FORMAT
     training_id: str
     model: ModelIdentity
     geometry: AttentionGeometry

@@ -16,8 +16,6 @@ from qkmodel.configs import ModelConfig
 from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription, describe_model, model_folder
 
-__all__ = ["LanguageModel", "ModelDescription", "describe_model", "load_language_model"]
-
 
 class LanguageModel:
     """A frozen float32 model with eager attention, its tokenizer and its description.

@@ -31,6 +31,7 @@ _TOKENIZER_FILES = (
 )
 _SAFETENSORS = ("*.safetensors",)
 _PICKLED = ("*.bin",)
+_CODE = ("*.py",)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,14 +53,13 @@ BUNDLED_MODELS = {
 class ModelDescription:
     """A language model's identity and shape.
 
-    `slug` is the name made fit for file names. `folder` holds its files, None for a bundled model.
-    `weights_sha256` covers weights and configuration, `tokenizer_sha256` the tokenizer's files; neither depends
+    `slug` is the name made fit for file names. `weights_sha256` covers weights, configuration and, with
+    `trust_remote_code`, the code that comes with them; `tokenizer_sha256` the tokenizer's files. Neither depends
     on where the files lie.
     """
 
     name: str
     slug: str
-    folder: Path | None
     weights_sha256: str
     tokenizer_sha256: str
     n_layers: int
@@ -84,8 +84,7 @@ def describe_model(config: ModelConfig) -> ModelDescription:
     return ModelDescription(
         name=config.name,
         slug=_slug(folder.name if Path(config.name).is_dir() else config.name),
-        folder=folder,
-        weights_sha256=_combined_sha256([folder / "config.json", *_weight_files(folder, config)]),
+        weights_sha256=_combined_sha256(_deciding_files(folder, config)),
         tokenizer_sha256=_combined_sha256(_tokenizer_files(folder)),
         **shape,
     )
@@ -115,7 +114,6 @@ def _describe_bundled(name: str) -> ModelDescription:
     return ModelDescription(
         name=name,
         slug=_slug(name),
-        folder=None,
         weights_sha256=sha256,
         tokenizer_sha256=sha256,
         n_layers=shape["num_hidden_layers"],
@@ -156,7 +154,7 @@ def _source_folder(config: ModelConfig) -> Path:
 
 def _hub_snapshot(config: ModelConfig) -> Path:
     weights = _SAFETENSORS if config.safetensors_only else _SAFETENSORS + _PICKLED
-    code = ("*.py",) if config.trust_remote_code else ()
+    code = _CODE if config.trust_remote_code else ()
     configuration = ("config.json", "generation_config.json", "*.index.json")
     try:
         snapshot = huggingface_hub.snapshot_download(
@@ -189,6 +187,12 @@ def _weight_files(folder: Path, config: ModelConfig) -> list[Path]:
     if not pickled:
         raise InputError(f"model.name {config.name}: no *.safetensors file in {folder}")
     return pickled
+
+
+def _deciding_files(folder: Path, config: ModelConfig) -> list[Path]:
+    """All files that decide what the model computes."""
+    code = _files(folder, _CODE) if config.trust_remote_code else []
+    return [folder / "config.json", *_weight_files(folder, config), *code]
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -92,8 +92,9 @@ def template(folder: Path, layer: int) -> Callable[..., PackOrder]:
         sweep_folder=folder,
         cache_folder=folder / "cache",
         reference_file=folder / "reference",
-        model=ModelConfig(name="smollm2-135m"),
-        model_identity=ModelIdentity(name="smollm2-135m", weights_sha256="aa", layer=layer, hook="hook"),
+        model_identity=ModelIdentity(
+            config=ModelConfig(name="smollm2-135m"), weights_sha256="aa", layer=layer, hook="hook"
+        ),
         corpus_identity=CorpusIdentity(config=corpus, bos=None, sha256="cc"),
         training=TrainingConfig(tokens=TOKENS),
         seed=0,

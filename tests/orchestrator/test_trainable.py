@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from orchestrator.pack_order import MemberOrder, MemberReport, PackOrder, checkpoint_path
 from orchestrator.trainable import PackTrainable
@@ -12,6 +14,7 @@ from qkmodel.dictionary import CorpusIdentity, ModelIdentity, load_dictionary
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.reference import ReferenceHeader, reference_path
 from qkmodel.tensor_file import read_tensor_file, write_tensor_file
+from tests.qkmodel.random_models import CONFIGS, random_hf_model
 from tests.qkmodel.world import LAYER, SmallWorld, make_world
 
 STEPS = 48
@@ -40,8 +43,7 @@ def order(world: SmallWorld, folder: Path, rates: dict[str, float], steps_done: 
         sweep_folder=folder,
         cache_folder=world.cache.folder,
         reference_file=reference_path(world.cache, LAYER, world.training),
-        model=ModelConfig(name="random"),
-        model_identity=ModelIdentity(name="random", weights_sha256="w", layer=LAYER, hook="h"),
+        model_identity=ModelIdentity(config=ModelConfig(name="random"), weights_sha256="w", layer=LAYER, hook="h"),
         corpus_identity=CorpusIdentity(config=CorpusConfig(name="c"), bos="b", sha256="c"),
         # no model to patch patterns into
         training=world.training.model_copy(update={"cross_entropy_sequences": 0}),
@@ -130,6 +132,20 @@ def test_a_reference_that_lacks_a_tensor_is_answered_with_the_reason(world: Smal
     config["order"] = config["order"].replace(str(whole), str(lacking))
     result = PackTrainable(config).step()
     assert result["done"] and result["error"] == "KeyError: 'mean_key'"
+
+
+def test_a_model_that_changed_under_the_sweep_is_not_measured_with(world: SmallWorld, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    random_hf_model(CONFIGS["llama3"]).save_pretrained(model)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))).save_pretrained(
+        model
+    )
+    pack = PackOrder.model_validate_json(order(world, tmp_path, {"a": 1e-2})["order"])
+    identity = pack.model_identity.model_copy(update={"config": ModelConfig(name=str(model))})
+    changed = pack.model_copy(update={"training": world.training, "model_identity": identity})
+    trainable = PackTrainable({"order": changed.model_dump_json()})
+    answers = [trainable.step() for _ in range(8)]
+    assert "its files changed since the sweep was started" in answers[-1]["error"]
 
 
 def test_a_worker_takes_up_another_pack(world: SmallWorld, tmp_path: Path) -> None:

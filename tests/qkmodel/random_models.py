@@ -83,7 +83,6 @@ def wrap(hf_model: PreTrainedModel) -> LanguageModel:
     description = ModelDescription(
         name="random",
         slug="random",
-        folder=None,
         weights_sha256="0" * 64,
         tokenizer_sha256="0" * 64,
         n_layers=config.num_hidden_layers,

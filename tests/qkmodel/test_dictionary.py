@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from qkmodel.configs import CorpusConfig
+from qkmodel.configs import CorpusConfig, ModelConfig
 from qkmodel.dictionary import (
     ATTENTION_FILE,
     CONFIG_FILE,
@@ -25,6 +25,7 @@ from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.transcoder import initialise_qk_transcoder
 from tests.qkmodel.world import LAYER, SmallWorld
 
+MODEL = ModelConfig(name="owner/model", revision="abc", safetensors_only=False)
 TOPK = Hyperparameters(dictionary_size=24, activation="topk", k=3, learning_rate=1e-2)
 
 
@@ -36,7 +37,7 @@ def saved(world: SmallWorld, tmp_path: Path) -> tuple[Path, str]:
     )
     config = DictionaryConfig(
         training_id="t",
-        model=ModelIdentity(name="random", weights_sha256="w", layer=LAYER, hook="blocks.1.attn.hook_in"),
+        model=ModelIdentity(config=MODEL, weights_sha256="w", layer=LAYER, hook="blocks.1.attn.hook_in"),
         geometry=world.layer.geometry,
         corpus=CorpusIdentity(config=CorpusConfig(name="c"), bos=None, sha256="c"),
         training=world.training,
@@ -64,6 +65,7 @@ def test_metrics_survive_to_the_last_digit(world: SmallWorld, saved: tuple[Path,
     dictionary = load_dictionary(*saved)
     again = evaluate(dictionary.transcoder, dictionary.attention, world.cache, world.reference, 19)
     assert again | {"ce_recovered": None} == dictionary.config.metrics
+    assert dictionary.config.model.config == MODEL
     assert not any(parameter.requires_grad for parameter in dictionary.transcoder.parameters())
 
 
@@ -125,8 +127,8 @@ def test_a_forged_size_is_compared_before_it_is_allocated(saved: tuple[Path, str
     [
         (b"", "not JSON"),
         (b"[1]", "not JSON"),
-        (b'{"format": 2}', "format 2; this version reads format 1"),
-        (b'{"format": 1}', "training_id"),
+        (b'{"format": 1}', "format 1; this version reads format 2"),
+        (b'{"format": 2}', "training_id"),
     ],
 )
 def test_a_config_that_is_none_is_refused(saved: tuple[Path, str], content: bytes, words: str) -> None:

@@ -38,7 +38,7 @@ def test_shape_of_a_folder(folder: Path) -> None:
     description = describe_model(ModelConfig(name=str(folder)))
     assert (description.n_layers, description.n_heads, description.n_kv_heads) == (3, 4, 2)
     assert (description.d_head, description.d_model, description.max_context) == (8, 32, 64)
-    assert (description.folder, description.slug) == (folder, "gemma")
+    assert (description.name, description.slug) == (str(folder), "gemma")
 
 
 def test_hashes_follow_the_content_and_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -59,6 +59,18 @@ def test_hashes_follow_the_content_and_nothing_else(folder: Path, tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 6}))
     assert describe_model(ModelConfig(name=str(folder))).weights_sha256 != first.weights_sha256
+
+
+def test_code_that_is_trusted_counts(folder: Path) -> None:
+    def sha256(trusted: bool) -> str:
+        return describe_model(ModelConfig(name=str(folder), trust_remote_code=trusted)).weights_sha256
+
+    untrusted = sha256(False)
+    (folder / "modeling.py").write_text("SCALE = 1")
+    first = sha256(True)
+    (folder / "modeling.py").write_text("SCALE = 2.0")
+    assert len({untrusted, first, sha256(True)}) == 3
+    assert sha256(False) == untrusted
 
 
 def test_an_unchanged_file_is_not_hashed_again(folder: Path) -> None:
