@@ -17,7 +17,8 @@ from pydantic import (
 
 from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.composition import compose_sweep
-from orchestrator.search.space import Alternative, validate_space
+from orchestrator.search.space import Alternative
+from orchestrator.search.space_checks import validate_space
 from orchestrator.validation import explain
 from qkmodel.configs import (
     ActivationsConfig,

@@ -8,12 +8,11 @@ repeated event says about a finished training changes nothing, so every write he
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
@@ -29,9 +28,10 @@ from orchestrator.ledger_tables import (
     StudyRow,
     SweepRecord,
     SweepRow,
-    Table,
     Training,
     TrainingRow,
+    own_fields,
+    read_trainings,
 )
 from qkmodel.errors import InputError
 
@@ -105,7 +105,7 @@ class Ledger:
             row = session.get_one(SweepRow, 1)
             if row.name != name:
                 raise InputError(f"{self.path} belongs to sweep {row.name!r}, not {name!r}: use another folder")
-            return SweepRecord(**_own_fields(row, SweepRecord))
+            return SweepRecord(**own_fields(row, SweepRecord))
 
     def sweep(self) -> SweepRecord:
         """Raises InputError when no sweep was recorded yet."""
@@ -113,7 +113,7 @@ class Ledger:
             row = session.get(SweepRow, 1)
             if row is None:
                 raise InputError(f"no sweep here: {self.path} is empty; start the sweep first")
-            return SweepRecord(**_own_fields(row, SweepRecord))
+            return SweepRecord(**own_fields(row, SweepRecord))
 
     def open_study(
         self, study_id: str, task: str, layer: int, identity: Mapping[str, Any], *, model: str, corpus: str
@@ -131,7 +131,7 @@ class Ledger:
                 created=_now(),
             )
             session.execute(statement.on_conflict_do_nothing())
-            return Study(**_own_fields(session.get_one(StudyRow, study_id), Study))
+            return Study(**own_fields(session.get_one(StudyRow, study_id), Study))
 
     def set_current(self, tokens_planned: Mapping[str, int]) -> None:
         """Record which studies this start of the sweep asks for, and the tokens that each comes to when it is done."""
@@ -154,7 +154,7 @@ class Ledger:
     def studies(self) -> list[Study]:
         with self._session() as session:
             rows = session.scalars(select(StudyRow).order_by(StudyRow.layer, StudyRow.created))
-            return [Study(**_own_fields(row, Study)) for row in rows]
+            return [Study(**own_fields(row, Study)) for row in rows]
 
     # -- trainings
 
@@ -257,7 +257,7 @@ class Ledger:
 
     def training(self, training_id: str) -> Training:
         with self._session() as session:
-            found = _trainings(session, TrainingRow.training_id == training_id)
+            found = read_trainings(session, TrainingRow.training_id == training_id)
         if not found:
             raise KeyError(training_id)
         return found[0]
@@ -270,7 +270,7 @@ class Ledger:
         if state is not None:
             conditions.append(TrainingRow.state == state)
         with self._session() as session:
-            return _trainings(session, *conditions)
+            return read_trainings(session, *conditions)
 
     def reports(self, training_id: str, after: int = 0) -> list[Report]:
         """In order of recording, those with a `report_id` above `after`."""
@@ -280,7 +280,7 @@ class Ledger:
             .order_by(ReportRow.report_id)
         )
         with self._session() as session:
-            return [Report(**_own_fields(row, Report)) for row in session.scalars(statement)]
+            return [Report(**own_fields(row, Report)) for row in session.scalars(statement)]
 
     def counts(self, study_id: str | None = None) -> dict[State, int]:
         """Trainings per state; every state is there."""
@@ -314,22 +314,3 @@ def _now() -> datetime:
 
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _own_fields(row: Table, kind: type) -> dict[str, Any]:
-    """The columns of `row` that are fields of the record `kind`."""
-    return {field.name: getattr(row, field.name) for field in fields(kind) if hasattr(row, field.name)}
-
-
-def _trainings(session: Session, *conditions: ColumnElement[bool]) -> list[Training]:
-    """The trainings that meet all conditions, with their metrics and no others'."""
-    order = (StudyRow.layer, StudyRow.created, StudyRow.study_id, TrainingRow.number)
-    found = session.execute(select(TrainingRow, StudyRow.layer).join(StudyRow).where(*conditions).order_by(*order))
-    rows = found.tuples().all()
-    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row, _ in rows}
-    values = select(MetricRow.training_id, MetricRow.name, MetricRow.value).join(TrainingRow).where(*conditions)
-    for training_id, name, value in session.execute(values).tuples():
-        metrics[training_id][name] = value
-    return [
-        Training(layer=layer, metrics=metrics[row.training_id], **_own_fields(row, Training)) for row, layer in rows
-    ]

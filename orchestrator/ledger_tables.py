@@ -1,11 +1,11 @@
 """What the ledger's tables hold, and the records that callers get of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
 
-from sqlalchemy import JSON, DateTime, ForeignKey, TypeDecorator, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import JSON, ColumnElement, DateTime, ForeignKey, TypeDecorator, UniqueConstraint, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 State = Literal["open", "running", "finished", "failed"]
 STATES: tuple[State, ...] = ("open", "running", "finished", "failed")
@@ -206,3 +206,20 @@ class DeliveryRow(Table):
     run_id: Mapped[str] = mapped_column(primary_key=True)
     item: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[str]
+
+
+def own_fields(row: Table, kind: type) -> dict[str, Any]:
+    """The columns of `row` that are fields of the record `kind`."""
+    return {field.name: getattr(row, field.name) for field in fields(kind) if hasattr(row, field.name)}
+
+
+def read_trainings(session: Session, *conditions: ColumnElement[bool]) -> list[Training]:
+    """The trainings that meet all conditions, with their metrics and no others'."""
+    order = (StudyRow.layer, StudyRow.created, StudyRow.study_id, TrainingRow.number)
+    found = session.execute(select(TrainingRow, StudyRow.layer).join(StudyRow).where(*conditions).order_by(*order))
+    rows = found.tuples().all()
+    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row, _ in rows}
+    values = select(MetricRow.training_id, MetricRow.name, MetricRow.value).join(TrainingRow).where(*conditions)
+    for training_id, name, value in session.execute(values).tuples():
+        metrics[training_id][name] = value
+    return [Training(layer=layer, metrics=metrics[row.training_id], **own_fields(row, Training)) for row, layer in rows]

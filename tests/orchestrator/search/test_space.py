@@ -17,8 +17,8 @@ from orchestrator.search.space import (
     grid,
     grid_size,
     is_numeric,
-    validate_space,
 )
+from orchestrator.search.space_checks import validate_space
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 
