@@ -8,13 +8,13 @@ BIN := $(VENV)/bin
 sweep: setup
 	$(BIN)/orchestrate sweep sweeps/l1.yaml
 
-# What every change must pass; the rest is in `make system`.
+# What every change must pass.
 test: $(VENV)/.tested-with
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not system"
-	$(BIN)/python -m pytest -m "system and not slow"
+	$(BIN)/python -m pytest -m system
 
-# Everything, the minutes-long tests too.
+# The real model and real processes alone.
 system: $(VENV)/.tested-with
 	$(BIN)/python -m pytest -m system
 

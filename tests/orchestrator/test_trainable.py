@@ -4,8 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from orchestrator.pack_order import MemberOrder, MemberReport, PackOrder, checkpoint_path
 from orchestrator.trainable import PackTrainable
@@ -14,7 +12,7 @@ from qkmodel.dictionary import CorpusIdentity, ModelIdentity, load_dictionary
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.reference import ReferenceHeader, reference_path
 from qkmodel.tensor_file import read_tensor_file, write_tensor_file
-from tests.qkmodel.random_models import CONFIGS, random_hf_model
+from tests.qkmodel.random_models import CONFIGS
 from tests.qkmodel.world import LAYER, SmallWorld, make_world
 
 STEPS = 48

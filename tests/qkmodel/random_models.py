@@ -4,7 +4,10 @@ Weights are drawn wide enough, norms away from one and contexts longer than the 
 of the attention can be left out unnoticed.
 """
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -16,6 +19,7 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -75,6 +79,14 @@ def random_hf_model(config: PreTrainedConfig) -> PreTrainedModel:
             else:
                 parameter.normal_(std=0.3)
     return model.eval()
+
+
+def save_random_model(config: PreTrainedConfig, folder: Path) -> None:
+    """A model folder as the hub has them: `random_hf_model`, and a tokenizer of the words in `write_corpus`' texts."""
+    random_hf_model(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"Text": 0, "of": 1, "twelve.": 2}, unk_token="of"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 def wrap(hf_model: PreTrainedModel) -> LanguageModel:

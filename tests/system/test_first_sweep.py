@@ -329,9 +329,8 @@ def test_a_smaller_grid_has_nothing_left_to_do(sweep: Sweep, larger: Snapshot) -
     assert smaller.trainings == larger.trainings
 
 
-@pytest.mark.slow
-def test_a_killed_sweep_ends_with_the_same_bytes_as_an_undisturbed_one(tmp_path: Path) -> None:
-    length = {"tokens": 32_768, "report_tokens": 2048}
+def test_an_interrupted_and_killed_sweep_ends_with_the_same_bytes_as_an_undisturbed_one(tmp_path: Path) -> None:
+    length = {"tokens": 16_384, "report_tokens": 1024}
     whole, killed = Sweep.create(tmp_path / "whole", **length), Sweep.create(tmp_path / "killed", **length)
     undisturbed = whole.sweep()
     # the activations are the same whoever computes them, and take most of the time
@@ -339,25 +338,32 @@ def test_a_killed_sweep_ends_with_the_same_bytes_as_an_undisturbed_one(tmp_path:
 
     with killed.started("sweep", "first.yaml") as (process, output):
         wait_until_training(killed, process, output)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=300) == 130, (output / "err").read_text()
+        assert {one.state for one in killed.trainings()} == {"open"}
+        assert tracked(killed.storage).parent.info.status == "KILLED"
+
+    with killed.started("sweep", "first.yaml") as (process, output):
+        wait_until_training(killed, process, output)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         left = killed.trainings()
         assert {one.state for one in left} == {"running"}
-        assert all(0 < one.tokens_done < 32_768 for one in left)
+        assert all(0 < one.tokens_done < 16_384 for one in left)
         # Ray's workers may outlive the driver for a moment: as after a real kill, nobody waits for them
         continued = killed.sweep()
 
     assert continued.status["trainings"] == {"open": 0, "running": 0, "finished": 2, "failed": 0}
-    assert [one.attempts for one in continued.trainings] == [2, 2]
+    assert [one.attempts for one in continued.trainings] == [3, 3]
     assert [one.metrics for one in continued.trainings] == [one.metrics for one in undisturbed.trainings]
     for training in undisturbed.trainings:
         files = [each.storage / "first" / training.dictionary / "transcoder.safetensors" for each in (whole, killed)]
         assert files[0].read_bytes() == files[1].read_bytes()
     for identifier, expected in undisturbed.tracked.steps.items():
         steps = continued.tracked.steps[identifier]
-        # the kill may fall between a checkpoint and the booking of its report: that point of progress is missing
+        # either may fall between a checkpoint and the booking of its report: that point of progress is missing
         missing = set(expected["loss"]) - set(steps["loss"])
-        assert len(missing) <= 1
+        assert len(missing) <= 2
         assert steps == {name: [step for step in at if step not in missing] for name, at in expected.items()}
 
 

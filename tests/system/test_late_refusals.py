@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from tests.orchestrator.sweep_files import write_corpus, write_sweep
-from tests.qkmodel.random_models import random_hf_model
+from tests.qkmodel.random_models import save_random_model
 from tests.test_house import ROOT
 
 COMMAND = (sys.executable, "-m", "orchestrator.cli", "sweep")
@@ -40,10 +39,7 @@ def test_attention_that_cannot_be_reproduced_is_refused_before_anything_is_cache
     dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaConfig(**sizes, intermediate_size=48, max_position_embeddings=64, rope_parameters=dynamic)
-    random_hf_model(model).save_pretrained(tmp_path / "model")
-    words = Tokenizer(models.WordLevel({"Text": 0, "of": 1, "twelve.": 2}, unk_token="of"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
+    save_random_model(model, tmp_path / "model")
     text = {"name": str(write_corpus(tmp_path)), "context": 16, "bos": None, "validation_documents": 0.5}
     file = write_sweep(tmp_path, model=str(tmp_path / "model"), layers=[1], corpus=text, storage="runs")
     (tmp_path / "empty").mkdir()
