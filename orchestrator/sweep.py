@@ -119,7 +119,7 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
             _train(plan, queue)
         ended = "FINISHED"
     finally:
-        # no worker outlives its driver
+        # Ray is down and its workers with it
         ledger.reopen_running()
         tracking_error = tracking.stop(ended)
     wanted = {identifier for work in works for identifier in work.wanted}

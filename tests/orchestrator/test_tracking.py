@@ -313,17 +313,17 @@ def test_the_large_page_of_a_front_is_sent_once_a_minute_and_at_the_end(storage:
         return Path(client_of(storage).download_artifacts(runs(storage)[0].info.run_id, "fronts/L08.html")).read_text()
 
     tracker = Tracker(None, storage, ledger)
-    start(ledger, "first")
-    finish(ledger, "first", l0=16.0, kl=0.1)
+    start(ledger, "training-one")
+    finish(ledger, "training-one", l0=16.0, kl=0.1)
     tracker.deliver()
-    assert "first" in page()
-    start(ledger, "further", k=8)
-    finish(ledger, "further", l0=8.0, kl=0.2)
+    assert "training-one" in page()
+    start(ledger, "training-two", k=8)
+    finish(ledger, "training-two", l0=8.0, kl=0.2)
     tracker.deliver()
-    assert "further" not in page()
+    assert "training-two" not in page()
     assert len(front_table(storage, runs(storage)[0])) == 2
     tracker.deliver("FINISHED")
-    assert "further" in page()
+    assert "training-two" in page()
 
 
 def test_an_error_that_nobody_foresaw_neither_ends_the_thread_nor_the_sweep(storage: Path, ledger: Ledger) -> None:

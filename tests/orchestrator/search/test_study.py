@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.search.samplers import make_sampler, resolve_auto
-from orchestrator.search.space import Range, contains, grid, validate_space
+from orchestrator.search.space import Range, contains, grid
+from orchestrator.search.space_checks import validate_space
 from orchestrator.search.study import Past, StudySearch
 from qkmodel.hyperparameters import Hyperparameters
 
