@@ -8,13 +8,13 @@ BIN := $(VENV)/bin
 sweep: setup
 	$(BIN)/orchestrate sweep sweeps/l1.yaml
 
-# What every change must pass.
+# What every change must pass; the rest is in `make system`.
 test: $(VENV)/.tested-with
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not system"
-	$(BIN)/python -m pytest -m system
+	$(BIN)/python -m pytest -m "system and not slow"
 
-# The real model and real processes alone.
+# Everything, the minutes-long tests too.
 system: $(VENV)/.tested-with
 	$(BIN)/python -m pytest -m system
 

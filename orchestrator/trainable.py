@@ -12,6 +12,7 @@ from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, checkpoin
 from orchestrator.versions import git_sha, package_versions
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import DictionaryConfig, save_dictionary
+from qkmodel.errors import InputError
 from qkmodel.evaluation import evaluate, evaluate_briefly, evaluate_cross_entropy
 from qkmodel.pack import Member, PackTrainer, load_checkpoint, save_checkpoint
 from qkmodel.reference import load_reference

@@ -12,7 +12,7 @@ from qkmodel.dictionary import CorpusIdentity, ModelIdentity, load_dictionary
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.reference import ReferenceHeader, reference_path
 from qkmodel.tensor_file import read_tensor_file, write_tensor_file
-from tests.qkmodel.random_models import CONFIGS
+from tests.qkmodel.random_models import CONFIGS, save_random_model
 from tests.qkmodel.world import LAYER, SmallWorld, make_world
 
 STEPS = 48
@@ -134,10 +134,7 @@ def test_a_reference_that_lacks_a_tensor_is_answered_with_the_reason(world: Smal
 
 def test_a_model_that_changed_under_the_sweep_is_not_measured_with(world: SmallWorld, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    random_hf_model(CONFIGS["llama3"]).save_pretrained(model)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))).save_pretrained(
-        model
-    )
+    save_random_model(CONFIGS["llama3"], model)
     pack = PackOrder.model_validate_json(order(world, tmp_path, {"a": 1e-2})["order"])
     identity = pack.model_identity.model_copy(update={"config": ModelConfig(name=str(model))})
     changed = pack.model_copy(update={"training": world.training, "model_identity": identity})
