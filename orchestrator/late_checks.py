@@ -95,7 +95,7 @@ def _corpus_reader(
 
 def _check_corpus(plan: SweepPlan, manifest: Manifest, read_corpus: CorpusReader) -> Manifest:
     """`manifest` with what reading the corpus has told, where it had to be read."""
-    if manifest.missing([TOKENS], plan.sequences):
+    if manifest.missing_sequences([TOKENS], plan.sequences) > 0:
         found = read_corpus(*plan.sequences_in_shards)
         _check_held_out(plan, found)
         manifest = manifest.with_available(available_sequences(found))
@@ -130,7 +130,7 @@ def _has_reference(plan: SweepPlan, layer: int) -> bool:
 
 def _first_validation_sequences(plan: SweepPlan, read_corpus: CorpusReader) -> Int[Tensor, "batch context"]:
     count = min(CACHE_CHECK_SEQUENCES, plan.validation_sequences)
-    if plan.cached.missing([TOKENS], {"train": 0, "validation": count}):
+    if plan.cached.missing_sequences([TOKENS], {"train": 0, "validation": count}) > 0:
         return read_corpus(*plan.sequences_in_shards).validation[:count].long()
     cache = ActivationCache.open(plan.cache_root / plan.cache_key.folder_name)
     return cache.tokens("validation", range(count))

@@ -22,8 +22,8 @@ from qkmodel.activations import (
     CacheKey,
     Manifest,
     Split,
+    in_whole_shards,
     read_manifest,
-    shard_sizes,
 )
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
@@ -160,7 +160,7 @@ class SweepPlan:
     @property
     def sequences_in_shards(self) -> tuple[int, int]:
         """The same for training and validation, rounded up to whole shards."""
-        train, validation = (sum(shard_sizes(self.sequences[split], None)) for split in SPLITS)
+        train, validation = (in_whole_shards(self.sequences[split], None) for split in SPLITS)
         return train, validation
 
 
@@ -227,7 +227,7 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan
     if ledger is not None:
         ledger.close()
     plan = SweepPlan(config, model, corpus, bos, tuple(studies))
-    if plan.trainings_left and plan.cached.missing([TOKENS], plan.sequences):
+    if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
         # a sweep whose text is cached does without the hub
         require_corpus(config.corpus)
     return plan

@@ -28,11 +28,11 @@ from qkmodel.activations import (
     MissingShard,
     Shard,
     Split,
+    in_whole_shards,
     layer_part,
     map_shard,
     read_manifest,
     shard_path,
-    shard_sizes,
 )
 from qkmodel.corpus import TokenisedCorpus
 from qkmodel.errors import InputError
@@ -90,7 +90,7 @@ def build_activation_cache(
     layers = sorted(set(layers))
     parts = [layer_part(layer) for layer in layers]
     wanted: dict[Split, int] = {"train": train_sequences, "validation": validation_sequences}
-    whole = [sum(shard_sizes(wanted[split], None)) for split in SPLITS]
+    whole = [in_whole_shards(wanted[split], None) for split in SPLITS]
     corpus = None
     if read_manifest(root / key.folder_name) is None:
         # what cannot be had is refused before there is as much as a lock

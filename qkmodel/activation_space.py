@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ByteSize
 
-from qkmodel.activations import SPLITS, TOKENS, Manifest, Split, cache_bytes, layer_part
+from qkmodel.activations import SPLITS, Manifest, Split, cache_bytes, missing_work
 from qkmodel.errors import InputError
 
 
@@ -32,8 +32,7 @@ def refuse_without_room(
             f"{len(layers)} layers need {_readable(size)}, more than {_readable(max_bytes)}; raise it, or ask for "
             "fewer tokens or layers"
         )
-    missing = manifest.missing([TOKENS, *map(layer_part, layers)], wanted)
-    new = sum(shard.bytes(manifest.key) for shard in missing)
+    new = missing_work(manifest, layers, wanted).bytes
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if new > free:
@@ -44,7 +43,7 @@ def refuse_without_room(
 
 
 def _sequences(manifest: Manifest, wanted: Mapping[Split, int]) -> int:
-    return sum(sum(manifest.needed(split, wanted[split])) for split in SPLITS)
+    return sum(manifest.sequences_needed(split, wanted[split]) for split in SPLITS)
 
 
 def _readable(size: int) -> str:

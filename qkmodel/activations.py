@@ -99,6 +99,25 @@ class Manifest(Schema):
         """The size of each shard that a request for `sequences` takes."""
         return shard_sizes(sequences, self.available[split])
 
+    def sequences_needed(self, split: Split, sequences: int) -> int:
+        """The sequences in these shards."""
+        return in_whole_shards(sequences, self.available[split])
+
+    def missing_sequences(self, parts: Sequence[str], wanted: Mapping[Split, int]) -> int:
+        """The sequences in the shards that `missing` lists. Lists none itself: a request may be beyond all reason."""
+        missing = 0
+        for split in SPLITS:
+            total = self.sequences_needed(split, wanted[split])
+            begins = [index * SHARD_SEQUENCES for index in self._complete_shards(parts, split)]
+            missing += total - sum(min(SHARD_SEQUENCES, total - begin) for begin in begins if begin < total)
+        return missing
+
+    def _complete_shards(self, parts: Sequence[str], split: Split) -> list[int]:
+        """Numbers of the shards that have all of `parts`."""
+        start = f"{parts[0]}/{split}-"
+        numbers = [int(path.removeprefix(start).split(".")[0]) for path in self.shards if path.startswith(start)]
+        return [number for number in numbers if all(shard_path(part, split, number) in self.shards for part in parts)]
+
     def missing(self, parts: Sequence[str], wanted: Mapping[Split, int]) -> list["MissingShard"]:
         """The shards that a request for `wanted` sequences takes and that lack any of `parts`."""
         shards = [
@@ -119,9 +138,6 @@ class MissingShard:
     index: int
     sequences: int
     parts: tuple[str, ...]
-
-    def bytes(self, key: CacheKey) -> int:
-        return self.sequences * sum(key.bytes_per_sequence(part) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -245,10 +261,14 @@ def shard_sizes(wanted: int, available: int | None) -> list[int]:
     Whole shards are built even for part of one, so that no sequence's bytes depend on what was asked for:
     a matrix product rounds differently in a batch of another size.
     """
-    total = -(-wanted // SHARD_SEQUENCES) * SHARD_SEQUENCES
-    if available is not None:
-        total = min(total, available)
+    total = in_whole_shards(wanted, available)
     return [min(SHARD_SEQUENCES, total - start) for start in range(0, total, SHARD_SEQUENCES)]
+
+
+def in_whole_shards(wanted: int, available: int | None) -> int:
+    """The sequences in all these shards together."""
+    total = -(-wanted // SHARD_SEQUENCES) * SHARD_SEQUENCES
+    return total if available is None else min(total, available)
 
 
 def cache_bytes(key: CacheKey, layers: Sequence[int], sequences: int) -> int:
@@ -261,9 +281,11 @@ def missing_work(manifest: Manifest, layers: Sequence[int], wanted: Mapping[Spli
 
     An upper bound while nobody has counted the corpus's sequences.
     """
-    forward = manifest.missing([layer_part(layer) for layer in layers], wanted)
-    tokens = manifest.missing([TOKENS], wanted)
+    parts = [layer_part(layer) for layer in layers]
     return MissingWork(
-        sequences=sum(shard.sequences for shard in forward),
-        bytes=sum(shard.bytes(manifest.key) for shard in [*forward, *tokens]),
+        sequences=manifest.missing_sequences(parts, wanted),
+        bytes=sum(
+            manifest.missing_sequences([part], wanted) * manifest.key.bytes_per_sequence(part)
+            for part in [TOKENS, *parts]
+        ),
     )

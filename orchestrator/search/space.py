@@ -1,6 +1,5 @@
 """The search space of a sweep file: what a training's hyperparameters may be."""
 
-import itertools
 import math
 import types
 import typing
@@ -154,12 +153,22 @@ def _points(alternatives: Sequence[Alternative], levels: Any) -> Iterator[dict[s
     seen = set()
     for alternative in alternatives:
         names = [name for name, _ in ordered(alternative)]
-        for combination in itertools.product(*(levels(name, alternative[name]) for name in names)):
+        for combination in _product([levels(name, alternative[name]) for name in names]):
             point = canonical(dict(zip(names, combination, strict=True)))
             key = tuple(point.items())
             if key not in seen:
                 seen.add(key)
                 yield point
+
+
+def _product(factors: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    """As itertools.product, which would first write out a range of a million million seeds."""
+    if not factors:
+        yield ()
+        return
+    for first in factors[0]:
+        for rest in _product(factors[1:]):
+            yield first, *rest
 
 
 def _grid_levels(name: str, setting: Setting) -> list[int | float | str]:

@@ -198,3 +198,20 @@ def test_planning_creates_and_changes_nothing(tmp_path: Path) -> None:
     assert plan.cached.shards == {}
     assert plan.trainings_left == 7
     assert tree() == before
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.tokens=1_000_000_000_000", "corpus.context=3", "training.validation_sequences=1_000_000"],
+        ["search.sampler=random", "search.space.seed={low:0,high:1_000_000_000_000}"],
+    ],
+)
+def test_huge_numbers_are_reckoned_with_not_listed(tmp_path: Path, overrides: list[str]) -> None:
+    plan = plan_of(write_sweep(tmp_path), *overrides)
+    assert plan.trainings_left == 8
+    train, validation = plan.sequences_in_shards
+    assert 0 <= train - plan.train_sequences < 64 and 0 <= validation - plan.validation_sequences < 64
+    # the first asks for 5,208,348,959 shards
+    assert missing_work(plan.cached, plan.config.layers, plan.sequences).sequences == train + validation
