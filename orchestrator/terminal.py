@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from types import TracebackType
 from typing import Self
 
@@ -17,16 +18,19 @@ from orchestrator.tables import duration, state_table
 from qkmodel.activation_build import BuildProgress
 
 LOG_SECONDS = 15.0
+# reports come in leaps, an eighth of a training each: shorter would jump
+RATE_SECONDS = 300.0
 
 
 class LiveProgress:
-    """The table that is redrawn while trainings run: rates and ETA since this start, and the best points so far."""
+    """The table that is redrawn while trainings run: recent speed and ETA, and the best points so far."""
 
     def __init__(self, plan: SweepPlan, ledger: Ledger) -> None:
         self._ledger = ledger
         self._studies = [study.study_id for study in plan.studies]
-        self._started = time.monotonic()
         self._tokens_before = self._tokens_done(study_statuses(ledger, self._studies))
+        # (moment, tokens done) at every change in the last RATE_SECONDS
+        self._seen = deque([(time.monotonic(), self._tokens_before)])
         unfinished = sum(training.tokens_done for study in plan.studies for training in study.unfinished)
         self._tokens_wanted = plan.trainings_left * plan.tokens_per_training - unfinished
 
@@ -39,13 +43,18 @@ class LiveProgress:
         return Group(state_table(statuses), Text(line, style="bold"), *best)
 
     def rate(self) -> str:
-        """Speed since this start and the time that is left at that speed."""
-        statuses = study_statuses(self._ledger, self._studies)
-        seconds = time.monotonic() - self._started
-        done = self._tokens_done(statuses) - self._tokens_before
+        """Speed over the last minutes and the time that is left at that speed."""
+        now, tokens = time.monotonic(), self._tokens_done(study_statuses(self._ledger, self._studies))
+        if tokens != self._seen[-1][1]:
+            self._seen.append((now, tokens))
+        # two at least: reports of long trainings may be further apart than that
+        while len(self._seen) > 2 and self._seen[0][0] < now - RATE_SECONDS:
+            self._seen.popleft()
+        done = tokens - self._tokens_before
         if done <= 0:
             return "measuring speed"
-        rate = done / seconds
+        since, tokens_then = self._seen[0]
+        rate = (tokens - tokens_then) / (now - since)
         left = max(0, self._tokens_wanted - done) / rate
         return f"{done:,} of {self._tokens_wanted:,} training-tokens, {rate:,.0f}/s, about {duration(left)} left"
 
