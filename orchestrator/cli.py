@@ -1,17 +1,18 @@
-"""`orchestrate …`: parse, call, print."""
+"""The commands of `orchestrate`: parse, call, print."""
 
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
 from orchestrator.config import SweepConfig, load_sweep
@@ -24,7 +25,6 @@ from qkmodel.files import user_path
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train query/key transcoders over layers, sizes and sparsities, and see which explain the attention pattern.",
 )
@@ -40,7 +40,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep file, for example sweeps/l1.yaml.")],
+    file: Annotated[
+        # whether it can be read is answered by what reads it
+        Path, typer.Argument(metavar="FILE", readable=False, help="A sweep file, for example sweeps/l1.yaml.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example layers=[3] training.tokens=1_000_000."),
@@ -104,19 +107,31 @@ def ui(
     os.execve(command[0], command, os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
-def main() -> None:
-    """Entry point: input errors become one line and exit code 2."""
+def run(arguments: Sequence[str]) -> int:
+    """Does what the command line asks and returns the exit code; what goes wrong becomes one line."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    command = typer.main.get_command(app)
     try:
-        app(standalone_mode=True)
+        with command.make_context("orchestrate", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except TyperException as error:
+        _say_error(f"{' '.join(error.format_message().split()).rstrip('.')}; see orchestrate --help")
+        return 2
     except InputError as error:
-        messages.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _say_error(str(error))
+        return 2
     except OSError as error:
         # a full disk, a folder that went away: the same command continues once that is mended
-        messages.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _say_error(str(error))
+        return 1
+    return 0
+
+
+def _say_error(line: str) -> None:
+    messages.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
@@ -125,15 +140,16 @@ def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
     # planned before the seconds that ray and mlflow take to import: most mistakes show here
     with _naming(file):
         plan = make_plan(config)
+    from orchestrator.packs_on_ray import RayStopped
     from orchestrator.sweep import run_sweep
     from orchestrator.terminal import LogView, TerminalView
 
     try:
         with _naming(file), (TerminalView if messages.is_terminal else LogView)(messages) as view:
             outcome = run_sweep(plan, view)
-    except KeyboardInterrupt:
-        messages.print("interrupted; the same command continues where it was")
-        sys.exit(130)
+    except RayStopped as error:
+        _say_error(str(error))
+        raise typer.Exit(1) from error
     if outcome.trained == 0 and outcome.failed == 0:
         messages.print(f"nothing left to do: sweep {config.name} has everything that {file} asks for")
     if as_json:
@@ -144,8 +160,9 @@ def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
     messages.print(f"compare the trainings in the MLflow UI: orchestrate ui {outcome.ledger.folder}", soft_wrap=True)
     if outcome.failed:
-        messages.print(f"{outcome.failed} trainings failed: orchestrate status {outcome.ledger.folder}")
-        sys.exit(1)
+        count = "1 training" if outcome.failed == 1 else f"{outcome.failed} trainings"
+        messages.print(f"{count} failed: orchestrate status {outcome.ledger.folder}", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -221,7 +238,3 @@ def _tracking_address(sweep: str | None) -> str:
     if file is not None and not file.is_file():
         raise InputError(f"{file}: no tracking store here; run a sweep first, or name one: orchestrate ui SWEEP")
     return address
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,11 @@
 """Start or continue a sweep: plan, prepare, train, track."""
 
 import contextlib
-import logging
-import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
-
-import ray
-from ray import tune
 
 from orchestrator.late_checks import check_plan
 from orchestrator.ledger import Ledger
@@ -19,15 +13,14 @@ from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import keep_opening_token
 from orchestrator.pack_order import PackOrder, checkpoint_path
 from orchestrator.pack_queue import PackQueue, StudyWork, history
+from orchestrator.packs_on_ray import train_packs
 from orchestrator.pareto import MAX_L0_SHARE
-from orchestrator.plan import StudyPlan, SweepPlan, machine_cpus, make_plan, storage_folder
+from orchestrator.plan import StudyPlan, SweepPlan, make_plan, storage_folder
 from orchestrator.preparation import Preparation, prepare
-from orchestrator.search.searcher import PackSearcher
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
 from orchestrator.tracking import EndStatus, Tracker
 from orchestrator.tracking_thread import TrackingThread
-from orchestrator.trainable import PackTrainable
 from orchestrator.versions import git_sha, package_versions
 from qkmodel.activation_build import BuildProgress
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
@@ -36,8 +29,6 @@ from qkmodel.files import exclusive
 
 LOCK_FILE = "lock"
 TRACKING_INTERVAL_SECONDS = 5.0
-# Tune starts a trial only for a suggestion, so this bounds nothing; the searcher says when it is done.
-UNLIMITED = 10**9
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,8 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
     """Trains what the plan asks for and the ledger does not hold, and brings MLflow up to date.
 
     Raises InputError before anything is created when the file asks for something that cannot be had, and when
-    another process is at work on the same sweep.
+    another process is at work on the same sweep; RayStopped when Ray ends before the packs do, with every training
+    in the ledger to be continued.
     """
     with contextlib.ExitStack() as held:
         was_there = plan.folder.is_dir()
@@ -116,7 +108,7 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
             works = [_study_work(plan, study, prepared, ledger) for study in plan.studies]
             queue = PackQueue(ledger, works, plan.folder, plan.pack_size)
             view.training_started(plan, ledger)
-            _train(plan, queue)
+            train_packs(plan, queue)
         ended = "FINISHED"
     finally:
         # Ray is down and its workers with it
@@ -171,45 +163,3 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         seed=config.seed,
     )
     return StudyWork(study.study_id, search, plan.tokens_per_training, template, unfinished)
-
-
-def _train(plan: SweepPlan, queue: PackQueue) -> None:
-    """Runs packs through Ray Tune until the queue is empty."""
-    # Tune's own files and handlers are of no use here: the ledger is the truth, and results are ours to write.
-    os.environ |= {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
-    resources = plan.config.resources.pack
-    # "local": a cluster that happens to run on this machine is not ours to use
-    ray.init(
-        address="local",
-        num_cpus=machine_cpus(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        with tempfile.TemporaryDirectory(prefix="orchestrate-tune-") as scratch:
-            tuner = tune.Tuner(
-                tune.with_resources(PackTrainable, {"cpu": resources.cpu}),
-                tune_config=tune.TuneConfig(
-                    search_alg=PackSearcher(queue, capacity=lambda: plan.slots),
-                    num_samples=UNLIMITED,
-                    max_concurrent_trials=plan.slots,
-                    reuse_actors=True,
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=tune.RunConfig(
-                    name=plan.config.name,
-                    storage_path=scratch,
-                    verbose=0,
-                    # one recovery path: the queue's, from the ledger and our own checkpoints
-                    failure_config=tune.FailureConfig(max_failures=0),
-                ),
-            )
-            tuner.fit()
-    finally:
-        ray.shutdown()

@@ -17,7 +17,7 @@ from tests.orchestrator.sweep_files import write_sweep
 
 def orchestrate(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", *arguments],
+        [sys.executable, "-m", "orchestrator", *arguments],
         cwd=cwd,
         env=os.environ | environment,
         capture_output=True,

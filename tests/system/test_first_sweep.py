@@ -79,7 +79,7 @@ class Sweep:
         output = Path(tempfile.mkdtemp(dir=self.folder))
         with (output / "out").open("w") as out, (output / "err").open("w") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.cli", *arguments],
+                [sys.executable, "-m", "orchestrator", *arguments],
                 stdout=out,
                 stderr=err,
                 cwd=self.folder,

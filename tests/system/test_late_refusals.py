@@ -11,7 +11,7 @@ from tests.orchestrator.sweep_files import write_corpus, write_sweep
 from tests.qkmodel.random_models import save_random_model
 from tests.test_house import ROOT
 
-COMMAND = (sys.executable, "-m", "orchestrator.cli", "sweep")
+COMMAND = (sys.executable, "-m", "orchestrator", "sweep")
 pytestmark = pytest.mark.system
 
 

@@ -1,0 +1,115 @@
+"""Runs a queue's packs on a Ray of its own, quietly, and notices when that Ray ends."""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from orchestrator.pack_queue import PackQueue
+from orchestrator.plan import SweepPlan
+from orchestrator.plan_checks import machine_cpus
+from orchestrator.search.searcher import PackSearcher
+from orchestrator.trainable import PackTrainable
+
+# below the sweep's folder: what a killed driver leaves there, the next start clears away
+SCRATCH_FOLDER = ".tune"
+NODE_CHECK_SECONDS = 2.0
+# Tune starts a trial only for a suggestion, so this bounds nothing; the searcher says when it is done.
+UNLIMITED = 10**9
+# Tune's own files and handlers are of no use here: the ledger is the truth, and results are ours to write.
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray would run workers at nice 15, behind everything else on the machine
+    "RAY_worker_niceness": "0",
+}
+
+
+class RayStopped(Exception):
+    """Ray ended while packs were still to train; the message is one line."""
+
+
+class _NodeWatch(tune.Callback):
+    """Raises RayStopped in Tune's loop once no node is left, where Tune would wait for one for ever."""
+
+    def __init__(self) -> None:
+        self._next_check = 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() < self._next_check:
+            return
+        self._next_check = time.monotonic() + NODE_CHECK_SECONDS
+        if not any(node["Alive"] for node in ray.nodes()):
+            raise RayStopped("Ray ended on this machine; the same command continues the sweep where it was")
+
+
+def train_packs(plan: SweepPlan, queue: PackQueue) -> None:
+    """Trains until the queue is empty. Raises RayStopped."""
+    os.environ |= _ENVIRONMENT
+    resources = plan.config.resources.pack
+    with _scratch(plan.folder / SCRATCH_FOLDER) as scratch, _local_ray():
+        tuner = tune.Tuner(
+            tune.with_resources(PackTrainable, {"cpu": resources.cpu}),
+            tune_config=tune.TuneConfig(
+                search_alg=PackSearcher(queue, capacity=lambda: plan.slots),
+                num_samples=UNLIMITED,
+                max_concurrent_trials=plan.slots,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=plan.config.name,
+                storage_path=str(scratch),
+                verbose=0,
+                # one recovery path: the queue's, from the ledger and our own checkpoints
+                failure_config=tune.FailureConfig(max_failures=0),
+                callbacks=[_NodeWatch()],
+            ),
+        )
+        tuner.fit()
+
+
+@contextlib.contextmanager
+def _local_ray() -> Iterator[None]:
+    """Ray on this machine; what it has to say stays in its own logs, below /tmp/ray."""
+    # a dead worker is the queue's to report, in one line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    on_termination = signal.getsignal(signal.SIGTERM)
+    # Ray prints what its node reports, a dead worker for example, whatever log_to_driver says
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        # "local": a cluster that happens to run on this machine is not ours to use
+        ray.init(
+            address="local",
+            num_cpus=machine_cpus(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        # Ray's own handler ends in a C++ crash dump
+        signal.signal(signal.SIGTERM, on_termination)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder for what Tune writes and nobody reads."""
+    # workers of a killed driver may still be writing there
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

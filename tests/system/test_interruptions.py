@@ -1,0 +1,80 @@
+"""A worker, Ray itself and the driver are killed or interrupted in the middle of real trainings."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.orchestrator.sweep_files import write_sweep
+from tests.system.test_first_sweep import Sweep, wait_until_training
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Long enough to be interrupted three times."""
+    return Sweep.create(tmp_path_factory.mktemp("interrupted") / "first", tokens=32_768, report_tokens=1024)
+
+
+def below(driver: int, name: str) -> list[psutil.Process]:
+    """Ray's processes of that name, waited for."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        # a process may end while it is looked at
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(driver).children(recursive=True)
+            if found := [one for one in children if name in " ".join(one.cmdline())]:
+                return found
+        time.sleep(0.1)
+    raise TimeoutError(f"no {name} within 60 s")
+
+
+def test_interruptions_are_one_line_each_and_the_same_command_continues(sweep: Sweep) -> None:
+    with sweep.started("sweep", "first.yaml") as (process, output):
+        wait_until_training(sweep, process, output)
+        assert {worker.nice() for worker in below(process.pid, "ray::ResourceTrainable")} == {psutil.Process().nice()}
+        # below the raylet, which then declares its node dead
+        (agent,) = below(process.pid, "ray::DashboardAgent")
+        agent.kill()
+        assert process.wait(timeout=120) == 1
+        *before, last = (output / "err").read_text().splitlines()
+        assert last == "error: Ray ended on this machine; the same command continues the sweep where it was"
+        assert "Traceback" not in "".join(before)
+        assert {training.state for training in sweep.trainings()} == {"open"}
+
+    with sweep.started("sweep", "first.yaml") as (process, output):
+        wait_until_training(sweep, process, output)
+        process.terminate()
+        assert process.wait(timeout=120) == 143
+        *before, last = (output / "err").read_text().splitlines()
+        assert last == "interrupted; the same command continues where it was"
+        assert "Traceback" not in "".join(before)
+        assert not (sweep.storage / "first" / ".tune").exists()
+
+    with sweep.started("sweep", "first.yaml", "--json") as (process, output):
+        wait_until_training(sweep, process, output)
+        below(process.pid, "ray::ResourceTrainable")[0].kill()
+        assert process.wait(timeout=300) == 0
+        assert json.loads((output / "out").read_text())["sweep"] == "first"
+        said = (output / "err").read_text()
+        assert "its worker died; it is tried again" in said
+        assert [word for word in ("Traceback", "ERROR", "raylet", "did not complete") if word in said] == []
+
+
+@pytest.mark.parametrize("after_seconds", [0.2, 1.0, 2.5])
+def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path: Path, after_seconds: float) -> None:
+    file = write_sweep(tmp_path)
+    command = [sys.executable, "-m", "orchestrator", "sweep", str(file), "--dry-run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(after_seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted; the same command continues where it was" and "Traceback" not in err
