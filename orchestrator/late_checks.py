@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from orchestrator.opening_token import AUTO, measure_opening_token
-from orchestrator.plan import SweepPlan, machine_cpus, make_plan
+from orchestrator.plan import SweepPlan, make_plan
+from orchestrator.plan_checks import machine_cpus
 from qkmodel.activation_build import available_sequences
 from qkmodel.activation_space import refuse_without_room
 from qkmodel.activations import TOKENS, ActivationCache, Manifest, missing_work

@@ -1,8 +1,8 @@
 """The sweep's database: the only truth about what was asked for, trained, found and delivered.
 
 One SQLite file in the sweep's folder. A training's state moves open -> running -> finished | failed and,
-after an interruption, back to open. `finished` is final: the first result wins, and whatever a late or
-repeated event says about a finished training changes nothing, so every write here may be repeated.
+after an interruption, back to open. `finished` is final while its dictionary is there: the first result wins, and
+whatever a late or repeated event says about a finished training changes nothing, so every write may be repeated.
 """
 
 import math
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
@@ -239,6 +239,24 @@ class Ledger:
         """Put an interrupted or failed training back in the queue; its attempts and reports stay."""
         with self._session() as session:
             self._update(session, training_id, state="open", error=None, finished=None)
+
+    def discard_result(self, training_id: str, reason: str) -> None:
+        """Put a finished training back in the queue, as one that has done nothing; `reason` stays until it is started.
+
+        The one way back from `finished`: for a dictionary that is gone. Reports stay.
+        """
+        is_finished = (TrainingRow.training_id == training_id, TrainingRow.state == "finished")
+        statement = update(TrainingRow).where(*is_finished)
+        with self._session() as session:
+            nothing = {
+                "tokens_done": 0,
+                "seconds": 0.0,
+                "finished": None,
+                "dictionary": None,
+                "dictionary_sha256": None,
+            }
+            if session.execute(statement.values(state="open", error=reason, **nothing)).rowcount == 1:
+                session.execute(delete(MetricRow).where(MetricRow.training_id == training_id))
 
     def reopen_running(self) -> None:
         """Put back in the queue whatever is running: for a driver that starts, or that stops before its packs do."""

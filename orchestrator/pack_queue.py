@@ -66,9 +66,10 @@ class PackQueue:
         # training id -> steps in its checkpoint, of those that no pack has at present: read once, since all is hashed
         self._steps: dict[str, int] = {}
         ledger.reopen_running()
-        for study in studies:
-            for identifier in study.wanted:
-                ledger.reopen(identifier)
+        wanted = {identifier for study in studies for identifier in study.wanted}
+        for training in ledger.trainings(state="failed"):
+            if training.training_id in wanted:
+                ledger.reopen(training.training_id)
         # now, so that a checkpoint that cannot be used is said before any pack runs
         self._unfinished_group()
 

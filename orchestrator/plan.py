@@ -1,9 +1,8 @@
 """From a sweep file to studies, trainings, packs, tokens and bytes: what will be done, before anything is."""
 
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,14 @@ from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
 from orchestrator.pack_order import DIVERGED
+from orchestrator.plan_checks import (
+    CACHE_FOLDER,
+    check_model,
+    check_resources,
+    check_storage,
+    check_tracking,
+    machine_cpus,
+)
 from orchestrator.search.samplers import resolve_auto
 from orchestrator.search.space import canonical, contains, enumerate_space, grid
 from qkmodel.activations import (
@@ -26,12 +33,10 @@ from qkmodel.activations import (
     read_manifest,
 )
 from qkmodel.data_order import sequences_per_epoch
+from qkmodel.dictionary import find_loss
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
-from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription, describe_model
 
-CACHE_FOLDER = "activations"
-RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts")
 # Larger packs share more, but report and adapt later: a search that learns from results wants them early.
 LARGEST_PACK = 8
 LARGEST_ADAPTIVE_PACK = 4
@@ -41,9 +46,10 @@ LARGEST_ADAPTIVE_PACK = 4
 class StudyPlan:
     """One study: what it already has and how many trainings it still needs.
 
-    `unfinished` are trainings that the ledger holds as open or running, or that failed for a reason outside
-    themselves; `diverged` counts those whose numbers ran away, which are not tried again. `new` counts those
-    that the search is still to propose. `tokens_planned` are the tokens of all these, and those that trainings
+    `unfinished` are trainings that the ledger holds as open or running, that failed for a reason outside
+    themselves, or that are finished without a dictionary: those are `lost`, training id -> what is gone. `diverged`
+    counts those whose numbers ran away, which are not tried again. `new` counts those that the search is still to
+    propose. `tokens_planned` are the tokens of all these, and those that trainings
     outside the file's present space have seen.
     """
 
@@ -53,6 +59,7 @@ class StudyPlan:
     finished: int
     diverged: int
     unfinished: tuple[Training, ...]
+    lost: dict[str, str]
     new: int
     tokens_planned: int
 
@@ -93,6 +100,16 @@ class SweepPlan:
     @property
     def diverged(self) -> int:
         return sum(study.diverged for study in self.studies)
+
+    @property
+    def lost_line(self) -> str | None:
+        """What is said of finished trainings whose dictionaries are gone."""
+        losses = [loss for study in self.studies for loss in study.lost.values()]
+        if not losses:
+            return None
+        if len(losses) == 1:
+            return f"1 finished training is trained again: {losses[0]}"
+        return f"{len(losses)} finished trainings are trained again: {losses[0]}, and {len(losses) - 1} more like it"
 
     @property
     def tokens_per_training(self) -> int:
@@ -164,12 +181,6 @@ class SweepPlan:
         return train, validation
 
 
-def machine_cpus() -> int:
-    """CPUs that this process may use."""
-    # macOS has no affinity
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def sampler_of(config: SweepConfig) -> str:
     """The sampler by name, `auto` resolved."""
     search = config.search
@@ -198,10 +209,11 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan
     Raises InputError for an unknown model or corpus, for layers and contexts that the model does not have, and
     for resources that this machine does not have.
     """
-    _check_storage(config)
+    check_storage(config.name, storage_folder(config))
     model = describe_model(config.model)
-    _check_model(config, model)
-    _check_resources(config)
+    check_model(config, model)
+    check_resources(config)
+    check_tracking(config.tracking)
     corpus = describe_corpus(config.corpus)
     ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
     bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))
@@ -247,40 +259,17 @@ def _study_plan(
         wanted = {training_id(identifier, point) for point in grid(space)}
         inside = [one for one in inside if one.training_id in wanted]
         new = len(wanted) - len(inside)
+    losses = {
+        one.training_id: find_loss(sweep_folder(config) / one.dictionary, one.dictionary_sha256)
+        for one in inside
+        if one.state == "finished"
+    }
+    lost = {identifier: loss for identifier, loss in losses.items() if loss is not None}
+    # as the ledger will have them once the sweep is started
+    inside = [replace(one, state="open", tokens_done=0) if one.training_id in lost else one for one in inside]
     finished = [one for one in inside if one.state == "finished"]
     diverged = [one for one in inside if one.state == "failed" and (one.error or "").startswith(DIVERGED)]
     unfinished = tuple(one for one in inside if one not in finished and one not in diverged)
     outside = sum(one.tokens_done for one in trainings) - sum(one.tokens_done for one in inside)
     tokens_planned = (len(inside) + new) * tokens_per_training(config) + outside
-    return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, new, tokens_planned)
-
-
-def _check_storage(config: SweepConfig) -> None:
-    folder = sweep_folder(config)
-    if config.name in RESERVED_NAMES:
-        raise InputError(f"name: {config.name} is taken by a folder of the storage itself; choose another")
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise InputError(f"storage: {there} is a file; give a folder, or a path where one can be made")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"storage: {there} cannot be written to; give a folder that can")
-
-
-def _check_model(config: SweepConfig, model: ModelDescription) -> None:
-    for layer in config.layers:
-        if layer >= model.n_layers:
-            raise InputError(
-                f"layers: {layer} is out of range; {config.model.name} has layers 0 to {model.n_layers - 1}"
-            )
-    if config.corpus.context > model.max_context:
-        raise InputError(
-            f"corpus.context: {config.corpus.context} is more than {config.model.name} can read; "
-            f"at most {model.max_context}"
-        )
-
-
-def _check_resources(config: SweepConfig) -> None:
-    if config.resources.pack.cpu > machine_cpus():
-        raise InputError(
-            f"resources.pack.cpu: {config.resources.pack.cpu:g} is more than this machine has; at most {machine_cpus()}"
-        )
+    return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, lost, new, tokens_planned)

@@ -35,6 +35,8 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
         lines.append("a data set on the hub is read at the start: if it is shorter than that, the cache is smaller")
         if estimate.cache_bytes > config.activations.max_bytes:
             lines.append("activations.max_bytes: unless the data set is shorter, this sweep will be refused")
+    if plan.lost_line is not None:
+        lines.append(plan.lost_line)
     if plan.trainings_left == 0:
         return [*lines, "nothing left to do"]
     return [

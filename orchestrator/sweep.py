@@ -64,6 +64,8 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
             held.enter_context(_only_driver(plan.folder))
             # the process before this one may have ended just now
             plan = make_plan(plan.config)
+        if plan.lost_line is not None:
+            view.say(plan.lost_line)
         checked = check_plan(plan, view.say)
         if checked.measured is not None:
             keep_opening_token(checked.measured, checked.plan.bos_file)
@@ -98,6 +100,8 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
             model=config.model.name,
             corpus=config.corpus.name,
         )
+        for training_id, loss in study.lost.items():
+            ledger.discard_result(training_id, loss)
     ledger.set_current({study.study_id: study.tokens_planned for study in plan.studies})
     tracking = TrackingThread(Tracker(config.tracking, storage_folder(config), ledger), TRACKING_INTERVAL_SECONDS)
     works: list[StudyWork] = []

@@ -82,7 +82,7 @@ class TrainingRun:
         if self._notes.get("status") == mark:
             return
         tags = [RunTag("state", training.state)]
-        if training.error is not None:
+        if training.state == "failed":
             tags.append(RunTag("error", training.error[:MAX_PARAM_CHARACTERS]))
         if training.dictionary_sha256 is not None:
             tags.append(RunTag("qk.dictionary_sha256", training.dictionary_sha256))
@@ -93,7 +93,7 @@ class TrainingRun:
             if value is not None
         ]
         self._client.log_batch(self._run_id, tags=tags)
-        if training.error is None and self._notes.get("status", "").startswith("FAILED"):
+        if training.state != "failed" and self._notes.get("status", "").startswith("FAILED"):
             self._delete_tag("error")
         for batch in _batches(final, MAX_METRICS):
             self._client.log_batch(self._run_id, metrics=batch)

@@ -108,6 +108,19 @@ def load_dictionary(folder: Path | str, sha256: str | None = None) -> Dictionary
     return Dictionary(config, transcoder.requires_grad_(False), attention)
 
 
+def find_loss(folder: Path, sha256: str) -> str | None:
+    """What of the dictionary recorded with this hash is gone or another from `folder`, in words; None if nothing is.
+
+    Tensors are looked for and not read: `load_dictionary` checks them.
+    """
+    for name in (TRANSCODER_FILE, ATTENTION_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            return f"{folder / name} is gone"
+    if _sha256((folder / CONFIG_FILE).read_bytes()) != sha256:
+        return f"{folder / CONFIG_FILE} is not the one that was recorded"
+    return None
+
+
 def _parse_config(path: Path, content: bytes) -> DictionaryConfig:
     try:
         found = json.loads(content).get("format")

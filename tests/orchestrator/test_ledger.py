@@ -126,6 +126,22 @@ def test_failed_and_reopened(ledger: Ledger) -> None:
     assert reopened.attempts == 1
 
 
+def test_a_result_whose_dictionary_is_gone_is_taken_back_and_may_come_again(ledger: Ledger) -> None:
+    ledger.discard_result("one", "not finished: nothing happens")
+    assert ledger.training("one").error is None
+    ledger.start("one", "pack-0", {})
+    ledger.report("one", 1000, {"loss": 0.5}, seconds=2.0)
+    ledger.finish("one", {"kl": 0.1}, "dictionaries/one", "ff")
+    ledger.discard_result("one", "dictionaries/one is gone")
+    found = ledger.training("one")
+    assert (found.state, found.error, found.tokens_done, found.seconds) == ("open", "dictionaries/one is gone", 0, 0.0)
+    assert (found.metrics, found.dictionary, found.dictionary_sha256, found.finished) == ({}, None, None, None)
+    ledger.start("one", "pack-1", {})
+    ledger.finish("one", {"kl": 0.2}, "dictionaries/one", "ee")
+    found = ledger.training("one")
+    assert (found.state, found.error, found.metrics, found.attempts) == ("finished", None, {"kl": 0.2}, 2)
+
+
 def test_whatever_runs_is_put_back_at_once(ledger: Ledger) -> None:
     ledger.add_training("study", "two", HYPERPARAMETERS, 1000)
     ledger.add_training("study", "three", HYPERPARAMETERS, 1000)

@@ -1,6 +1,8 @@
 """What a sweep file asks for beyond what its ledger holds, on the bundled model's real description."""
 
 import contextlib
+import hashlib
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from orchestrator.config import load_sweep
 from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
-from orchestrator.plan import SweepPlan, machine_cpus, make_plan
+from orchestrator.plan import SweepPlan, make_plan
+from orchestrator.plan_checks import machine_cpus
 from qkmodel.activation_space import request_bytes
 from qkmodel.activations import missing_work
 from qkmodel.errors import InputError
@@ -44,8 +47,18 @@ def train(plan: SweepPlan, layer: int, states: dict[int, str], **changed: object
             case "failed":
                 ledger.fail(identifier, "its worker died")
             case "finished":
-                ledger.finish(identifier, {"kl": 0.1, "l0": float(k)}, f"dictionaries/{identifier}", "dd")
+                dictionary = plan.folder / "dictionaries" / identifier
+                sha256 = write_dictionary(dictionary)
+                ledger.finish(identifier, {"kl": 0.1, "l0": float(k)}, f"dictionaries/{identifier}", sha256)
     ledger.close()
+
+
+def write_dictionary(folder: Path) -> str:
+    """Files of the right names, and the hash that a plan looks at."""
+    folder.mkdir(parents=True)
+    for name in ("transcoder.safetensors", "attention.safetensors", "config.json"):
+        (folder / name).write_text(folder.name)
+    return hashlib.sha256(folder.name.encode()).hexdigest()
 
 
 def work(plan: SweepPlan) -> list[tuple[int, int, int]]:
@@ -118,6 +131,25 @@ def test_every_state_counts_once_and_only_in_its_own_study(tmp_path: Path) -> No
     assert {training.state for training in plan.studies[1].unfinished} == {"running", "failed", "open"}
 
 
+@pytest.mark.parametrize("loss", ["gone", "config.json", "transcoder.safetensors", "changed"])
+def test_a_finished_training_without_its_dictionary_is_to_be_trained_again(tmp_path: Path, loss: str) -> None:
+    file = write_sweep(tmp_path)
+    train(plan_of(file), 1, {8: "finished", 16: "finished"})
+    assert plan_of(file).lost_line is None
+    folder = sorted((plan_of(file).folder / "dictionaries").iterdir())[0]
+    if loss == "gone":
+        shutil.rmtree(folder)
+    elif loss == "changed":
+        (folder / "config.json").write_text("another")
+    else:
+        (folder / loss).unlink()
+    plan = plan_of(file)
+    assert work(plan)[0] == (1, 1, 2)
+    assert plan.studies[0].lost.keys() == {folder.name}
+    assert plan.lost_line.startswith(f"1 finished training is trained again: {folder}/")
+    assert plan.studies[0].tokens_planned == 4 * plan.tokens_per_training
+
+
 def test_an_edited_grid_trains_only_what_is_missing(tmp_path: Path) -> None:
     file = write_sweep(tmp_path)
     train(plan_of(file), 1, {8: "finished", 16: "finished"})
@@ -163,6 +195,10 @@ def test_a_space_with_fewer_points_than_the_budget_is_all_there_is_to_train(tmp_
         ("layers=[1,30]", ["layers", "30", "smollm2-135m", "0 to 29"]),
         ("corpus.context=8193", ["corpus.context", "8193", "smollm2-135m", "at most 8192"]),
         ("resources.pack.cpu=4096", ["resources.pack.cpu", "4096", f"at most {machine_cpus()}"]),
+        ("resources.activations.cpu=4096", ["resources.activations.cpu", "4096", f"at most {machine_cpus()}"]),
+        ("storage=/proc/foo", ["storage: /proc", "cannot be written to"]),
+        ("tracking=mysql://me:hunter2@host/runs", ["tracking: mysql://me:***@host/runs", "not installed", "MySQLdb"]),
+        ("tracking=mysql+nothing://host/runs", ["tracking: mysql+nothing://host/runs", "not installed"]),
         ("model=smolm2-135m", ["model.name", "smolm2-135m", "did you mean smollm2-135m?"]),
         ("model=./nowhere", ["model.name", "./nowhere", "no such folder"]),
         ("corpus.name=nowhere/text.txt", ["corpus.name", "nowhere/text.txt", "no such file"]),

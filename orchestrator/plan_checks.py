@@ -1,0 +1,73 @@
+"""What a sweep file asks of this machine, its storage, its packages and its model, and cannot have."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from orchestrator.addresses import redact_url
+from orchestrator.config import SweepConfig
+from qkmodel.errors import InputError
+from qkmodel.model_description import ModelDescription
+
+CACHE_FOLDER = "activations"
+RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts")
+
+
+def machine_cpus() -> int:
+    """CPUs that this process may use."""
+    # macOS has no affinity
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_storage(name: str, storage: Path) -> None:
+    """Refuses a sweep's name, or a storage folder, that nothing could be written to. Leaves nothing behind."""
+    if name in RESERVED_NAMES:
+        raise InputError(f"name: {name} is taken by a folder of the storage itself; choose another")
+    folder = storage / name
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"storage: {there} is a file; give a folder, or a path where one can be made")
+    try:
+        # permissions alone do not tell: root may write everywhere, and /proc takes nothing
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"storage: {there} cannot be written to ({error.strerror}); give a folder that can") from error
+
+
+def check_model(config: SweepConfig, model: ModelDescription) -> None:
+    """Refuses layers and contexts that the model does not have."""
+    for layer in config.layers:
+        if layer >= model.n_layers:
+            raise InputError(
+                f"layers: {layer} is out of range; {config.model.name} has layers 0 to {model.n_layers - 1}"
+            )
+    if config.corpus.context > model.max_context:
+        raise InputError(
+            f"corpus.context: {config.corpus.context} is more than {config.model.name} can read; "
+            f"at most {model.max_context}"
+        )
+
+
+def check_resources(config: SweepConfig) -> None:
+    """Refuses more CPUs than there are."""
+    for key, cpus in (("pack", config.resources.pack.cpu), ("activations", config.resources.activations.cpu)):
+        if cpus is not None and cpus > machine_cpus():
+            raise InputError(f"resources.{key}.cpu: {cpus:g} is more than this machine has; at most {machine_cpus()}")
+
+
+def check_tracking(tracking: str | None) -> None:
+    """Refuses a database that no installed package can talk to: it would be found out when all is trained."""
+    if tracking is None or tracking.startswith("http"):
+        return
+    try:
+        make_url(tracking).get_dialect().import_dbapi()
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        reason = redact_url(str(error).splitlines()[0])
+        raise InputError(
+            f"tracking: {redact_url(tracking)} needs a database driver that is not installed ({reason}); "
+            "install it, or write sqlite:///FILE.db or http://HOST:PORT"
+        ) from error
