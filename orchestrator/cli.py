@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from orchestrator.config import SweepConfig, load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import fronts_record, status_record, study_statuses
-from orchestrator.tables import front_table, state_table
+from orchestrator.tables import counted, front_table, state_table
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
 
@@ -94,7 +95,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
 ) -> None:
     """Open the MLflow UI on a sweep's tracking store; Ctrl-C closes it."""
-    from orchestrator.mlflow_ui import ui_command
+    from orchestrator.mlflow_ui import is_free, ui_command
 
     address = _tracking_address(sweep)
     if address.startswith("http"):
@@ -102,6 +103,8 @@ def ui(
             f"this sweep is tracked by the MLflow server at {redact_url(address)}", markup=False, soft_wrap=True
         )
         return
+    if not is_free(port):
+        raise InputError(f"--port: {port} is in use on this machine; give another")
     messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
     command = ui_command(address, port)
     os.execve(command[0], command, os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
@@ -158,11 +161,25 @@ def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
         _print_fronts(outcome.ledger)
     if outcome.tracking_error is not None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
-    messages.print(f"compare the trainings in the MLflow UI: orchestrate ui {outcome.ledger.folder}", soft_wrap=True)
+    folder = shlex.quote(str(outcome.ledger.folder))
+    messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
     if outcome.failed:
-        count = "1 training" if outcome.failed == 1 else f"{outcome.failed} trainings"
-        messages.print(f"{count} failed: orchestrate status {outcome.ledger.folder}", soft_wrap=True)
+        failed = counted(outcome.failed, "training")
+        messages.print(f"{failed} failed: orchestrate status {folder}", markup=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
+    """The MLflow server, or the command that opens the UI."""
+    shown = redact_url(config.tracking or "")
+    if shown.startswith("http"):
+        return f"MLflow at {shown}"
+    if HIDDEN not in shown:
+        return f"the MLflow UI: orchestrate ui {folder}"
+    # the ledger keeps no password
+    if load_sweep(file).tracking == config.tracking:
+        return f"the MLflow UI: orchestrate ui {shlex.quote(str(file))}"
+    return f"the MLflow store {shown}"
 
 
 @contextmanager

@@ -1,6 +1,13 @@
 """How to open the MLflow UI on a store that nobody serves yet."""
 
+import socket
 import sys
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody answers on this port of the loopback address."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def ui_command(address: str, port: int) -> list[str]:

@@ -5,9 +5,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from orchestrator.estimate import Estimate
+from orchestrator.estimate import STARTUP_SECONDS, Estimate
 from orchestrator.plan import SweepPlan
-from orchestrator.tables import duration, size
+from orchestrator.tables import counted, duration, size
 
 
 def plan_table(plan: SweepPlan) -> Table:
@@ -27,7 +27,8 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
     config = plan.config
     lines = [
         f"model {plan.model.name}, corpus {config.corpus.name}{_documents(plan)}, sampler {plan.sampler}",
-        f"{plan.trainings_left} trainings in {plan.packs} packs of up to {plan.pack_size}, {plan.slots} packs at once",
+        f"{counted(plan.trainings_left, 'training')} in {counted(plan.packs, 'pack')} of up to {plan.pack_size}, "
+        f"{counted(plan.slots, 'pack')} at once",
         f"activation cache {size(estimate.cache_bytes)} (limit {size(config.activations.max_bytes)}), "
         f"{size(estimate.cache.bytes)} of it still to be written",
     ]
@@ -42,7 +43,8 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
     return [
         *lines,
         f"estimated {duration(estimate.seconds)} on this machine: caching {duration(estimate.cache_seconds)}, "
-        f"training {duration(estimate.training_seconds)}, evaluation {duration(estimate.evaluation_seconds)}",
+        f"training {duration(estimate.training_seconds)}, evaluation {duration(estimate.evaluation_seconds)}, "
+        f"start and end {duration(STARTUP_SECONDS)} (assumed)",
     ]
 
 

@@ -58,6 +58,11 @@ def state_table(statuses: list[StudyStatus]) -> Table:
     return table
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 pack`, `3 packs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """`45 s`, `3 min 20 s`, `2 h 05 min`."""
     seconds = round(seconds)

@@ -14,7 +14,7 @@ from rich.text import Text
 from orchestrator.ledger import Ledger
 from orchestrator.plan import SweepPlan
 from orchestrator.status import StudyStatus, study_statuses
-from orchestrator.tables import duration, state_table
+from orchestrator.tables import counted, duration, state_table
 from qkmodel.activation_build import BuildProgress
 
 LOG_SECONDS = 15.0
@@ -38,7 +38,7 @@ class LiveProgress:
         statuses = study_statuses(self._ledger, self._studies)
         running = [one for status in statuses for one in status.trainings if one.state == "running"]
         packs = len({one.pack for one in running})
-        line = f"{packs} pack{'s' if packs != 1 else ''} running · {self.rate()}"
+        line = f"{counted(packs, 'pack')} running · {self.rate()}"
         best = [Text(line) for line in map(_best_line, statuses) if line]
         return Group(state_table(statuses), Text(line, style="bold"), *best)
 
@@ -170,5 +170,5 @@ class LogView:
 
 
 def _start_line(plan: SweepPlan) -> str:
-    packs = "1 pack" if plan.packs == 1 else f"{plan.packs} packs"
-    return f"training {plan.trainings_left} trainings in {packs}, {min(plan.slots, plan.packs)} at once"
+    work = f"{counted(plan.trainings_left, 'training')} in {counted(plan.packs, 'pack')}"
+    return f"starting {work}, {min(plan.slots, plan.packs)} at once"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cli import _where_tracked
+from orchestrator.config import load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from qkmodel.files import exclusive
@@ -235,6 +238,51 @@ def test_a_broken_sweep_file_is_one_line_and_leaves_nothing(tmp_path: Path, case
     assert sorted(written.rglob("*")) == before
     # a hash of the model's weights may be remembered, in the cache, but nothing is converted or loaded
     assert {path.name for path in cache.glob("qkmodel/*")} <= {"sha256"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sweep"], ["Missing argument", "FILE"]),
+        (["sweep", "--bogus", "file"], ["No such option", "--bogus"]),
+        (["swep"], ["swep", "sweep"]),
+        (["status", "a", "b"], ["unexpected extra argument"]),
+        (["ui", "--port", "many"], ["--port", "integer"]),
+    ],
+)
+def test_a_command_that_cannot_be_understood_is_one_line(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    ran = orchestrate(*arguments, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
+    assert [word for word in words if word not in ran.stderr] == [], ran.stderr
+
+
+def test_a_port_in_use_is_refused(swept: Path) -> None:
+    (swept / "runs" / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ran = orchestrate("ui", "--port", str(port), cwd=swept)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == f"error: --port: {port} is in use on this machine; give another\n"
+
+
+@pytest.mark.parametrize(
+    ("tracking", "expected"),
+    [
+        (None, "the MLflow UI: orchestrate ui FOLDER"),
+        ("http://me:secret@host:5000", "MLflow at http://me:***@host:5000"),
+        ("postgresql://me@host/runs", "the MLflow store postgresql://***@host/runs"),
+        ("sqlite:///runs.db", "the MLflow UI: orchestrate ui FOLDER"),
+    ],
+)
+def test_the_last_hint_is_a_command_that_works(tmp_path: Path, tracking: str | None, expected: str) -> None:
+    file = write_sweep(tmp_path)
+    config = load_sweep(file, [] if tracking is None else [f"tracking='{tracking}'"])
+    assert _where_tracked(config, file, "FOLDER") == expected
+    written = write_sweep(tmp_path, tracking="postgresql://me:secret@host/runs")
+    assert _where_tracked(load_sweep(written), written, "FOLDER") == f"the MLflow UI: orchestrate ui {written}"
 
 
 def test_a_second_driver_of_a_sweep_is_refused(tmp_path: Path) -> None:
