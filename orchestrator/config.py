@@ -185,6 +185,18 @@ class SweepConfig(Schema):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_more_patched_than_held_out(self) -> Self:
+        training = self.training
+        # the default is silently cut to what there is; what was written is not
+        is_written = "cross_entropy_sequences" in training.model_fields_set
+        if is_written and training.cross_entropy_sequences > training.validation_sequences:
+            raise InputError(
+                f"training.cross_entropy_sequences: {training.cross_entropy_sequences} is more than "
+                f"validation_sequences {training.validation_sequences}, of which they are a part; write at most that"
+            )
+        return self
+
     def public_dict(self) -> dict[str, Any]:
         """JSON types only, every default filled in, secrets in addresses redacted: fit to be shown."""
         shown = self.model_dump(mode="json")

@@ -43,8 +43,20 @@ def describe_corpus(config: CorpusConfig) -> CorpusDescription:
     files = _local_files(config.name)
     if files is None:
         return CorpusDescription(identify(config), documents=None, bytes=None)
+    _refuse_unread_keys(config, files)
     sizes = [len(text.encode()) for file in files for text in _read_file(file, config.text_field)]
     return CorpusDescription(identify(config), documents=len(sizes), bytes=sum(sizes))
+
+
+def _refuse_unread_keys(config: CorpusConfig, files: list[Path]) -> None:
+    """Raises InputError for what is set and would change nothing."""
+    for key in ("subset", "split"):
+        value = getattr(config, key)
+        if value != CorpusConfig.model_fields[key].default:
+            raise InputError(f"corpus.{key}: {value} is of a data set on the hub; {config.name} is local, leave it out")
+    is_default = config.text_field == CorpusConfig.model_fields["text_field"].default
+    if not is_default and all(file.suffix == ".txt" for file in files):
+        raise InputError(f"corpus.text_field: {config.text_field}, but {config.name} is plain text; leave it out")
 
 
 def require_corpus(config: CorpusConfig) -> None:

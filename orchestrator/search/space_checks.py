@@ -12,6 +12,7 @@ from orchestrator.search.space import (
     Range,
     Setting,
     grid_size,
+    is_finite_choice,
     is_integer,
     ordered,
     type_of,
@@ -41,6 +42,11 @@ def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings:
         for earlier in range(index):
             if _normalised(alternatives[earlier]) == _normalised(alternative):
                 raise InputError(f"{where}: is the same as search.space[{earlier}]; leave one of the two out")
+    if sampler == "gp" and all(map(is_finite_choice, alternatives)):
+        raise InputError(
+            "search.sampler: gp learns along ranges, and search.space has none; write {low: …, high: …} for a "
+            "hyperparameter, or sampler grid, random or tpe"
+        )
     if len(alternatives) > 1 and sampler in ("gp", "nsga2"):
         raise InputError(
             f"search.sampler: {sampler} cannot search a list of alternatives; write auto, tpe, random or grid"
@@ -136,7 +142,8 @@ def _explain(where: str, alternative: Alternative, error: ValidationError) -> st
     if first["type"] == "missing":
         return f"{where}: {first['loc'][0]} is missing; every training needs one"
     if first["loc"]:
-        message = first["msg"].replace("Input should be", "has to be")
+        is_too_long = first["type"] == "int_parsing_size"
+        message = "is too large" if is_too_long else first["msg"].replace("Input should be", "has to be")
         value = first["input"] if isinstance(first["input"], int) else f"{first['input']:g}"
         return f"{where}.{first['loc'][0]}: {value} {message}"
     reason = str(first["ctx"]["error"])
