@@ -183,7 +183,9 @@ class PackQueue:
             raise
         except InputError as error:
             aside = path.with_name(f"{path.name}.damaged")
-            _log.warning("%s; it is kept as %s and the training starts over", error, aside.name)
+            # without its advice, which is for whoever has to put it aside
+            wrong, _, _ = str(error).rpartition("; ")
+            _log.warning("%s; it is kept as %s and the training starts over", wrong, aside.name)
             path.replace(aside)
             return 0
 

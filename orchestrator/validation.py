@@ -11,6 +11,7 @@ from orchestrator.search.space import Range
 from qkmodel.errors import InputError
 
 _LONGEST_VALUE = 60
+_NO_KEY = ("extra_forbidden", "invalid_key")
 
 
 def explain(error: ValidationError, data: Mapping[str, Any], schema: type[BaseModel]) -> str:
@@ -23,7 +24,9 @@ def explain(error: ValidationError, data: Mapping[str, Any], schema: type[BaseMo
     """
     mistakes = _causes(error.errors(include_url=False))
     # an unknown key is more often the cause of a missing one than the other way round
-    first = next((mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"), mistakes[0])
+    first = next((mistake for mistake in mistakes if mistake["type"] in _NO_KEY), mistakes[0])
+    if first["type"] == "extra_forbidden":
+        mistakes = [mistake for mistake in mistakes if not _is_missing_for(mistake, first)]
     cause = first.get("ctx", {}).get("error")
     # an InputError raised by a validator names its key itself
     message = str(cause) if isinstance(cause, InputError) else _explain_one(first, data, schema)
@@ -43,6 +46,14 @@ def _causes(mistakes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     ]
 
 
+def _is_missing_for(mistake: Mapping[str, Any], unknown: Mapping[str, Any]) -> bool:
+    """Whether a key is missing because it was misspelt as the unknown one."""
+    *parents, key = unknown["loc"]
+    *others, missing = mistake["loc"]
+    is_beside = mistake["type"] == "missing" and others == parents
+    return is_beside and bool(difflib.get_close_matches(str(key), [str(missing)]))
+
+
 def _explain_one(mistake: Mapping[str, Any], data: Mapping[str, Any], schema: type[BaseModel]) -> str:
     path = _real_path(mistake["loc"], data)
     key = _written(path)
@@ -53,7 +64,7 @@ def _explain_one(mistake: Mapping[str, Any], data: Mapping[str, Any], schema: ty
         case "extra_forbidden":
             return f"{key}: is no key here; {_near(str(path[-1]), _fields(path, schema))}"
         case "invalid_key":
-            return f"{key}: is no key; keys are words"
+            return f"{key}: {_shown(mistake['input'])} is no key; keys are words"
         case "value_error":
             wrong = str(cause)
         case "literal_error":
@@ -70,9 +81,9 @@ def _explain_one(mistake: Mapping[str, Any], data: Mapping[str, Any], schema: ty
         case "byte_size" | "byte_size_unit":
             wrong = "must be a size such as 20 GB"
         case kind if kind.startswith("int_"):
-            wrong = "must be a whole number"
+            wrong = "must be a whole number" + _digit_advice(mistake["input"])
         case kind if kind.startswith("float_"):
-            wrong = "must be a number"
+            wrong = "must be a number" + _digit_advice(mistake["input"])
         case kind if kind.startswith("bool_"):
             wrong = "must be true or false"
         case _:
@@ -104,7 +115,11 @@ def _holds(node: object, part: str | int) -> bool:
 
 
 def _written(path: Sequence[str | int]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{shorten(part)}" for part in path).removeprefix(".")
+
+
+def _digit_advice(value: object) -> str:
+    return "; digits group with _: 100_000" if isinstance(value, str) and "," in value else ""
 
 
 def _fields(path: Sequence[str | int], schema: type[BaseModel]) -> Mapping[str, Any]:
@@ -131,5 +146,9 @@ def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    return shorten(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def shorten(text: str) -> str:
+    """What of a long text is enough to know it again."""
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"

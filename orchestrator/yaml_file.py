@@ -1,6 +1,7 @@
 """Read a YAML file that a person wrote, strictly: what YAML would silently bend is refused with its line."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qkmodel.errors import InputError
 _MOST_BYTES = 256 * 1024
 _DEEPEST = 20
 _MOST_DIGITS = 100
+_GROUP_OF_DIGITS = re.compile(r"[0-9]{3}")
 _PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
 }
@@ -52,6 +54,10 @@ def _read_text(path: Path) -> str:
         if path.is_dir():
             raise InputError(f"{path}: is a folder; name a sweep file in it")
         if not path.is_file():
+            if path.exists():
+                raise InputError(f"{path}: is a pipe or a device; give the path of a sweep file")
+            if path.is_symlink():
+                raise InputError(f"{path}: is a link that leads nowhere; give the path of a sweep file")
             raise InputError(f"{path}: there is no such file; {_nearest_file(path)}")
         size = path.stat().st_size
         if size > _MOST_BYTES:
@@ -64,9 +70,10 @@ def _read_text(path: Path) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    siblings = sorted(file.name for file in path.parent.glob("*.yaml"))
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"did you mean {path.with_name(near[0])}?" if near else "give the path of a sweep file"
+    # without what all of them end in, which alone would make them alike
+    siblings = {file.stem: file.name for file in sorted(path.parent.glob("*.yaml"))}
+    near = difflib.get_close_matches(path.stem, siblings, n=1)
+    return f"did you mean {path.with_name(siblings[near[0]])}?" if near else "give the path of a sweep file"
 
 
 def _check_structure(path: Path, text: str) -> None:
@@ -115,6 +122,10 @@ def _entries(path: Path, node: yaml.MappingNode, key: str) -> Iterator[tuple[str
     for name_node, child in node.value:
         line = name_node.start_mark.line + 1
         where = f"{path}: line {line}:"
+        if node.flow_style and _GROUP_OF_DIGITS.fullmatch(str(name_node.value)):
+            raise InputError(f"{where} a comma ends a value in braces; digits group with _: 100_000")
+        if name_node.tag == "tag:yaml.org,2002:null":
+            raise InputError(f"{where} a key is null; write a word")
         if name_node.tag != "tag:yaml.org,2002:str":
             raise InputError(f"{where} the key {_shown(name_node)} is not text; put it in quotes")
         name = f"{key}.{name_node.value}" if key else name_node.value

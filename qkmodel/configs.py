@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, model_val
 
 from qkmodel.schema import Schema
 
-_NUMBER = re.compile(r"[-+]?[0-9_.]+(e[-+]?[0-9]+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*(\.[0-9]*)?(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
 def _not_boolean(value: object) -> object:

@@ -27,9 +27,9 @@ class Range(Schema):
 
 def _scalar(value: object) -> int | float | str:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is neither a number nor a word")
+        raise ValueError("is neither a number nor a word")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
+        raise ValueError("is not a finite number")
     return value
 
 

@@ -1,6 +1,7 @@
 """What a sweep file may say, how it is composed, and how each mistake in it is answered."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,16 @@ BROKEN_VALUES = {
     "context of two": ("context: 64", "context: 2", ["corpus.context", "2", "at least 3"]),
     "nothing held out": ("context: 64", "validation_documents: 0", ["corpus.validation_documents", "0", "greater"]),
     "unknown size": ("name: good", "name: good\nactivations: {max_bytes: lots}", ["max_bytes", '"lots"', "20 GB"]),
+    "count with a comma": ("10_000", '"10,000"', ["training.tokens", '"10,000"', "digits group with _: 100_000"]),
+    "count in braces with a comma": ("10_000", "10,000", ["line 5", "comma", "digits group with _: 100_000"]),
+    "nothing for a hyperparameter": ("learning_rate: 3e-3", "learning_rate:", ["learning_rate", "null is neither"]),
+    "range beyond all numbers": ("[512, 1024]", "{low: 512, high: 1e300, points: 2}", ["dictionary_size", "too large"]),
+    "endless key": ("name: good", f"name: good\n? {'z' * 5000}\n: 1", ["z" * 60 + "…: is no key"]),
+    "more patched than held out": (
+        "batch_sequences: 4",
+        "validation_sequences: 4, cross_entropy_sequences: 5",
+        ["training.cross_entropy_sequences: 5", "validation_sequences 4"],
+    ),
     "unknown dtype": ("name: good", "name: good\nactivations: {dtype: float31}", ["dtype", '"float31"', "float32?"]),
     "pack of none": ("name: good", "name: good\npack: 0", ["pack", "0", "auto"]),
     "no CPU": ("name: good", "name: good\nresources: {pack: {cpu: 0}}", ["resources.pack.cpu", "0", "at least 0.1"]),
@@ -161,6 +172,8 @@ BROKEN_FILES = {
     "octal number": (b"name: a\nseed: 010\n", ["line 2", "seed", "010", "base 8"]),
     "minutes and seconds": (b"name: a\nseed: 1:30\n", ["line 2", "seed", "1:30", "60"]),
     "far too large": (b"#" * 300_000, ["300,000", "262,144"]),
+    "null as a key": (b"name: a\n~: 2\n", ["line 2", "a key is null"]),
+    "nothing as a key": (b"name: a\n? \n: 2\n", ["line 2", "a key is null"]),
     "missing value": (b"name: ???\n", ["name", "???"]),
     "defaults that are no list": (b"defaults: topk\n", ["defaults", "list of presets", "[search: topk"]),
     "unknown default": (b"defaults: [search: topkk]\n", ["defaults[0]", "topkk", "did you mean topk?"]),
@@ -187,6 +200,7 @@ BROKEN_OVERRIDES = {
     "search.space.learning_rate=range(1,3)": ["search.space.learning_rate", "brackets"],
     "traning.tokens=3": ["traning", "did you mean training?"],
     "training.tokens=many": ["training.tokens", '"many"', "whole number"],
+    "training.tokens=1_000_": ["training.tokens", '"1_000_" must be a whole number'],
     "layers=3": ["layers", "3", "list, in brackets"],
     "layers": ["override layers", "KEY=VALUE"],
     "": ["KEY=VALUE"],
@@ -223,6 +237,15 @@ def test_a_missing_file_names_the_nearest_one(good: Path) -> None:
     assert "good.yaml" in message_of(good.with_name("god.yaml"))
     assert "folder" in message_of(good.parent)
     assert "too long" in message_of(good.with_name("x" * 300))
+    # what all names end in is no likeness
+    assert "did you mean" not in message_of(good.with_name("missing.yaml"))
+
+
+def test_what_is_there_and_no_file_is_said_to_be_that(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    assert "pipe" in message_of(tmp_path / "pipe.yaml").removeprefix(str(tmp_path / "pipe.yaml"))
+    assert "link that leads nowhere" in message_of(tmp_path / "loop.yaml")
 
 
 def test_the_sweep_file_of_the_design_is_read(good: Path) -> None:
@@ -233,6 +256,9 @@ def test_the_sweep_file_of_the_design_is_read(good: Path) -> None:
 
 def test_one_mistake_is_counted_once(good: Path) -> None:
     assert message_of(good, "layers=[-1]").endswith("layers[0]: -1 must be at least 0")
+    # a misspelt key is not missing besides
+    good.write_text(GOOD.replace("layers:", "layer:"))
+    assert message_of(good).endswith("layer: is no key here; did you mean layers?")
 
 
 def test_several_mistakes_are_counted(good: Path) -> None:
