@@ -207,7 +207,7 @@ def _print_plan(config: SweepConfig, as_json: bool) -> None:
         return
     console.print(plan_table(plan))
     for line in estimate_lines(plan, estimated):
-        console.print(line, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_fronts(ledger: Ledger) -> None:

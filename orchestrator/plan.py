@@ -259,6 +259,7 @@ def _study_plan(
         wanted = {training_id(identifier, point) for point in grid(space)}
         inside = [one for one in inside if one.training_id in wanted]
         new = len(wanted) - len(inside)
+    outside = sum(one.tokens_done for one in trainings) - sum(one.tokens_done for one in inside)
     losses = {
         one.training_id: find_loss(sweep_folder(config) / one.dictionary, one.dictionary_sha256)
         for one in inside
@@ -270,6 +271,5 @@ def _study_plan(
     finished = [one for one in inside if one.state == "finished"]
     diverged = [one for one in inside if one.state == "failed" and (one.error or "").startswith(DIVERGED)]
     unfinished = tuple(one for one in inside if one not in finished and one not in diverged)
-    outside = sum(one.tokens_done for one in trainings) - sum(one.tokens_done for one in inside)
     tokens_planned = (len(inside) + new) * tokens_per_training(config) + outside
     return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, lost, new, tokens_planned)

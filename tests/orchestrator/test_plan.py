@@ -47,6 +47,7 @@ def train(plan: SweepPlan, layer: int, states: dict[int, str], **changed: object
             case "failed":
                 ledger.fail(identifier, "its worker died")
             case "finished":
+                ledger.report(identifier, plan.tokens_per_training, {}, seconds=1.0)
                 dictionary = plan.folder / "dictionaries" / identifier
                 sha256 = write_dictionary(dictionary)
                 ledger.finish(identifier, {"kl": 0.1, "l0": float(k)}, f"dictionaries/{identifier}", sha256)
