@@ -61,8 +61,8 @@ def train_at_scales(hyperparameters: Hyperparameters, reference_file: Path) -> l
         for side in (member.transcoder.query, member.transcoder.key):
             side.W_dec.data.mul_(scale / INITIAL_DECODER_SCALE)
     trainer.train(trainer.steps_planned)
-    sequences = TRAINING.validation_sequences
-    return [evaluate(member.transcoder, layer, cache, reference, sequences) for member in trainer.members]
+    transcoders = [member.transcoder for member in trainer.members]
+    return evaluate(transcoders, layer, cache, reference, TRAINING.validation_sequences)
 
 
 if __name__ == "__main__":

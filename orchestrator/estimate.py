@@ -14,9 +14,10 @@ from qkmodel.activations import MissingWork, missing_work
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.language_model import LanguageModel
-from qkmodel.pack import Member, SharedBatch
+from qkmodel.member import Member, SharedBatch
+from qkmodel.pack import shared_batch
 from qkmodel.pattern_comparison import EVALUATION_BATCH
-from qkmodel.pattern_kl import pattern_target
+from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 
 # Loading models and libraries, starting Ray, the last delivery to MLflow.
@@ -58,7 +59,8 @@ def estimate(checked: CheckedPlan) -> Estimate:
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
     evaluation_batches = plan.validation_sequences / EVALUATION_BATCH
     model_batches = config.training.patched_sequences / EVALUATION_BATCH
-    share = plan.trainings_left / min(plan.slots, plan.packs)
+    threads = min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
+    share = plan.trainings_left / (min(plan.slots, plan.packs) * threads)
     return Estimate(
         cache_bytes=whole,
         cache=missing,
@@ -77,22 +79,22 @@ def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, floa
 
 
 def _step_seconds(plan: SweepPlan) -> float:
-    """Mean seconds of one training's step over the kinds of training in the space, on a pack's threads."""
+    """Mean seconds of one training's step over the kinds of training in the space, single-threaded as in a pack."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(plan.config.resources.pack.cpu)))
+    torch.set_num_threads(1)
     try:
         layer = _random_layer(plan)
         x = torch.randn(plan.config.training.batch_sequences, plan.config.corpus.context, layer.geometry.d_model)
-        batch = SharedBatch(x.flatten(0, 1), pattern_target(layer, *layer.project(x)))
-        reference = _neutral_reference(layer)
+        training, reference = plan.config.training, _neutral_reference(layer)
+        batch = shared_batch(x, layer, reference, product_dtype(training.precision, x.device))
         kinds = _kinds(plan)
-        return sum(_member_seconds(Member(kind, layer, reference), batch) for kind in kinds) / len(kinds)
+        return sum(_member_seconds(Member(kind, layer, reference, training), batch) for kind in kinds) / len(kinds)
     finally:
         torch.set_num_threads(threads)
 
 
 def _member_seconds(member: Member, batch: SharedBatch) -> float:
-    return _seconds(lambda: member.step(batch, 1.0))
+    return _seconds(lambda: member.step(batch, 1.0, 0.0))
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -135,4 +137,4 @@ def _random_layer(plan: SweepPlan) -> AttentionLayer:
 def _neutral_reference(layer: AttentionLayer) -> LayerReference:
     geometry = layer.geometry
     means = (geometry.d_model, geometry.n_heads * geometry.d_head, geometry.n_kv_heads * geometry.d_head)
-    return LayerReference(*map(torch.zeros, means), 1.0, 1.0, 0.0, None, None)
+    return LayerReference(*map(torch.zeros, means), 1.0, 1.0, 1.0, 0.0, None, None)

@@ -13,8 +13,9 @@ from orchestrator.versions import git_sha, package_versions
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import DictionaryConfig, save_dictionary
 from qkmodel.errors import InputError
-from qkmodel.evaluation import evaluate, evaluate_briefly, evaluate_cross_entropy
-from qkmodel.pack import Member, PackTrainer, load_checkpoint, save_checkpoint
+from qkmodel.evaluation import evaluate, evaluate_cross_entropy
+from qkmodel.member import Member
+from qkmodel.pack import PackTrainer, load_checkpoint, save_checkpoint
 from qkmodel.reference import load_reference
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Validation sequences behind the progress figures; the final figures use all of them.
 BRIEF_SEQUENCES = 8
+PROGRESS_METRICS = ("kl", "kl_recovered", "l0")
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +52,8 @@ class PackTrainable(tune.Trainable):
 
     def _open(self) -> None:
         order = self._order
-        # with reuse_actors this process may have run another pack on another number of threads
-        torch.set_num_threads(order.threads)
+        # threads take different members, so that no result depends on how many there are
+        torch.set_num_threads(1)
         self._cache = ActivationCache.open(order.cache_folder)
         self._layer, self._reference = load_reference(order.reference_file)
         self._trainer = PackTrainer(
@@ -61,6 +63,7 @@ class PackTrainable(tune.Trainable):
             self._reference,
             order.training,
             order.seed,
+            order.threads,
         )
         self._ids = [member.training_id for member in order.members]
         if order.steps_done > 0:
@@ -89,7 +92,8 @@ class PackTrainable(tune.Trainable):
         self._trainer.train(self._steps_to_next_report())
         losses = [member.losses.take_means() for member in self._trainer.members]
         reports = [
-            self._report(index, means) if _finite(means) else self._give_up(index) for index, means in enumerate(losses)
+            self._report(index, means, metrics)
+            for index, (means, metrics) in enumerate(zip(losses, self._evaluate(), strict=True))
         ]
         self._keep([index for index, report in enumerate(reports) if report.error is None])
         share = (time.monotonic() - started) / len(reports)
@@ -104,42 +108,43 @@ class PackTrainable(tune.Trainable):
         interval = max(1, round((training.report_tokens or training.tokens / 8) / per_step))
         return interval - self._trainer.steps_done % interval
 
-    def _report(self, index: int, losses: dict[str, float]) -> MemberReport:
+    def _report(self, index: int, losses: dict[str, float], metrics: dict[str, float]) -> MemberReport:
         member, training_id = self._trainer.members[index], self._ids[index]
+        if not (member.is_finite and _finite(losses | metrics)):
+            return self._give_up(index)
         finished = self._trainer.finished
-        metrics = self._final_metrics(member) if finished else losses | self._progress(member)
-        if not _finite(metrics):
+        figures = self._final_metrics(member, metrics) if finished else losses | metrics
+        if not _finite(figures):
             return self._give_up(index)
         path = checkpoint_path(self._order.sweep_folder, training_id)
         save_checkpoint(member, path, training_id, self._trainer.steps_done)
-        report = MemberReport(training_id=training_id, tokens=self._trainer.tokens_done, seconds=0.0, metrics=metrics)
+        report = MemberReport(training_id=training_id, tokens=self._trainer.tokens_done, seconds=0.0, metrics=figures)
         if not finished:
             return report
-        sha256 = self._save_dictionary(training_id, member, metrics)
+        sha256 = self._save_dictionary(training_id, member, figures)
         where = str(dictionary_path(training_id))
         return report.model_copy(update={"dictionary": where, "dictionary_sha256": sha256})
 
-    def _progress(self, member: Member) -> dict[str, float]:
-        sequences = min(BRIEF_SEQUENCES, self._order.training.validation_sequences)
-        return evaluate_briefly(member.transcoder, self._layer, self._cache, self._reference, sequences)
+    def _evaluate(self) -> list[dict[str, float]]:
+        """Every member's metrics: all of them at the end, on the way a few on a few sequences."""
+        trainer, sequences = self._trainer, self._order.training.validation_sequences
+        if not trainer.finished:
+            sequences = min(BRIEF_SEQUENCES, sequences)
+        transcoders = [member.transcoder for member in trainer.members]
+        found = evaluate(transcoders, self._layer, self._cache, self._reference, sequences, self._order.threads)
+        if trainer.finished:
+            return found
+        return [{name: metrics[name] for name in PROGRESS_METRICS} for metrics in found]
 
-    def _final_metrics(self, member: Member) -> dict[str, float | None]:
+    def _final_metrics(self, member: Member, metrics: dict[str, float]) -> dict[str, float | None]:
         training = self._order.training
-        metrics: dict[str, float | None] = dict(
-            evaluate(member.transcoder, self._layer, self._cache, self._reference, training.validation_sequences)
+        if training.patched_sequences == 0:
+            return dict(metrics)
+        if self._model is None:
+            self._model = self._load_model()
+        return metrics | evaluate_cross_entropy(
+            member.transcoder, self._layer, self._model, self._cache, self._reference, training.patched_sequences
         )
-        if training.patched_sequences > 0:
-            if self._model is None:
-                self._model = self._load_model()
-            metrics |= evaluate_cross_entropy(
-                member.transcoder,
-                self._layer,
-                self._model,
-                self._cache,
-                self._reference,
-                training.patched_sequences,
-            )
-        return metrics
 
     def _load_model(self) -> "LanguageModel":
         """Raises InputError when the model's files are no longer those that the activations come from."""

@@ -127,7 +127,7 @@ class AttentionLayer(nn.Module):
         rotary_dim = self.geometry.rotary_dim
         if not rotary_dim:
             return y
-        cos, sin = self._rotary_table(y.shape[1])
+        cos, sin = self.rotary_table(y.shape[1])
         turned, rest = y[..., :rotary_dim], y[..., rotary_dim:]
         if self.geometry.rotary_interleaved:
             first, second = turned[..., 0::2], turned[..., 1::2]
@@ -156,7 +156,7 @@ class AttentionLayer(nn.Module):
         """Attention pattern of the `q` and `k` that `project` gives; each row sums to 1."""
         return self.scores(q, k).softmax(-1)
 
-    def _rotary_table(self, context: int) -> tuple[Float[Tensor, "context 1 pairs"], Float[Tensor, "context 1 pairs"]]:
+    def rotary_table(self, context: int) -> tuple[Float[Tensor, "context 1 pairs"], Float[Tensor, "context 1 pairs"]]:
         key = (context, self.inv_freq.device, self.inv_freq.dtype)
         if key not in self._rotary_tables:
             positions = torch.arange(context, device=key[1], dtype=key[2])

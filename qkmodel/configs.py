@@ -82,7 +82,10 @@ class TrainingConfig(Schema):
     `tokens` is the length of one training; `report_tokens` the interval of reports and checkpoints
     (None: an eighth of `tokens`). Batches hold whole sequences, since the loss compares whole attention
     patterns. At most `cross_entropy_sequences` of the validation sequences are also run through the model
-    with the reconstructed pattern patched in (0: those metrics are left out).
+    with the reconstructed pattern patched in (0: those metrics are left out). `warmup_share` is the share of
+    the tokens over which the learning rate rises from 0; `gradient_clip` the largest norm of a training's
+    gradient (None: any). `precision` is that of matrix products: `auto` is bfloat16 where the machine
+    multiplies it faster.
     """
 
     tokens: WholeNumber = Field(gt=0, le=10**12, examples=[100_000])
@@ -90,7 +93,10 @@ class TrainingConfig(Schema):
     validation_sequences: WholeNumber = Field(default=200, gt=0, le=10**6)
     report_tokens: WholeNumber | None = Field(default=None, gt=0)
     cross_entropy_sequences: WholeNumber = Field(default=8, ge=0)
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_share: Number = Field(default=0.0, ge=0, le=0.5)
+    gradient_clip: Number | None = Field(default=None, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def patched_sequences(self) -> int:

@@ -6,38 +6,114 @@ from pydantic import Field, model_validator
 
 from qkmodel.schema import Schema
 
-Activation = Literal["relu", "topk"]
-Penalty = Literal["l1", "sqrt"]
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+Penalty = Literal["l1", "sqrt", "tanh", "p_annealing"]
+
+# Larger ones would not fit any machine's memory.
+LARGEST_DICTIONARY = 2**20
+
+
+class SideHyperparameters(Schema):
+    """What the query or the key transcoder is made with."""
+
+    dictionary_size: int
+    activation: Activation
+    k: int | None
+    penalty: Penalty | None
+    sparsity_coefficient: float | None
+    target_l0: float | None
 
 
 class Hyperparameters(Schema):
     """One training's hyperparameters.
 
-    `k` (features kept per token) belongs to `topk`; `penalty` and `sparsity_coefficient` (λ of the loss)
-    belong to `relu`. `dictionary_size` is the number of features on each side. `seed` moves the
-    initialisation only; the order of the data depends on the sweep's seed.
+    `k` (features kept per token) belongs to `topk` and `batchtopk`; `penalty` to `relu`; `sparsity_coefficient` (λ of
+    the loss), or `target_l0` instead (active features per token that λ is steered to), to `relu` and `jumprelu`.
+    `dictionary_size`, `k`, `sparsity_coefficient` and `target_l0` hold for both sides, unless `key_…` gives the key
+    side its own. `seed` moves the initialisation only; the order of the data depends on the sweep's seed.
     """
 
-    dictionary_size: int = Field(ge=1, le=2**20)
+    dictionary_size: int = Field(ge=1, le=LARGEST_DICTIONARY)
+    key_dictionary_size: int | None = Field(default=None, ge=1, le=LARGEST_DICTIONARY)
     activation: Activation
     k: int | None = Field(default=None, ge=1)
+    key_k: int | None = Field(default=None, ge=1)
     penalty: Penalty | None = None
     sparsity_coefficient: float | None = Field(default=None, ge=0)
+    key_sparsity_coefficient: float | None = Field(default=None, ge=0)
+    target_l0: float | None = Field(default=None, gt=0)
+    key_target_l0: float | None = Field(default=None, gt=0)
     learning_rate: float = Field(gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    @property
+    def query_side(self) -> SideHyperparameters:
+        return self._side(key=False)
+
+    @property
+    def key_side(self) -> SideHyperparameters:
+        return self._side(key=True)
+
+    def _side(self, key: bool) -> SideHyperparameters:
+        def of(name: str) -> float | None:
+            own = getattr(self, f"key_{name}") if key else None
+            return getattr(self, name) if own is None else own
+
+        return SideHyperparameters(
+            dictionary_size=of("dictionary_size"),
+            activation=self.activation,
+            k=of("k"),
+            penalty=self.penalty,
+            sparsity_coefficient=of("sparsity_coefficient"),
+            target_l0=of("target_l0"),
+        )
+
     @model_validator(mode="after")
     def _match_activation(self) -> Self:
-        if self.activation == "topk":
-            if self.k is None:
-                raise ValueError("activation topk needs k, the number of features kept per token")
-            if self.k > self.dictionary_size:
-                raise ValueError(f"k {self.k} is larger than dictionary_size {self.dictionary_size}")
-            if self.penalty is not None or self.sparsity_coefficient is not None:
-                raise ValueError("activation topk takes k; penalty and sparsity_coefficient belong to relu")
+        if self.activation in ("topk", "batchtopk"):
+            self._check_k()
         else:
-            if self.k is not None:
-                raise ValueError("k belongs to activation topk; relu takes penalty and sparsity_coefficient")
-            if self.penalty is None or self.sparsity_coefficient is None:
-                raise ValueError("activation relu needs penalty and sparsity_coefficient")
+            self._check_penalty()
         return self
+
+    def _check_k(self) -> None:
+        if self.k is None:
+            raise ValueError(f"activation {self.activation} needs k, the number of features kept per token")
+        if self.penalty is not None or self._given("sparsity_coefficient", "target_l0"):
+            raise ValueError(
+                f"activation {self.activation} takes k; penalty, sparsity_coefficient and target_l0 belong to relu"
+            )
+        for side, name in ((self.query_side, ""), (self.key_side, "key_")):
+            if side.k > side.dictionary_size:
+                raise ValueError(f"{name}k {side.k} is larger than {name}dictionary_size {side.dictionary_size}")
+
+    def _check_penalty(self) -> None:
+        if self._given("k"):
+            raise ValueError(
+                f"k belongs to activations topk and batchtopk; {self.activation} takes "
+                + ("penalty and sparsity_coefficient" if self.activation == "relu" else "sparsity_coefficient")
+            )
+        if (self.penalty is None) == (self.activation == "relu"):
+            raise ValueError(
+                "activation relu needs penalty and sparsity_coefficient"
+                if self.activation == "relu"
+                else "activation jumprelu takes no penalty: it counts active features itself"
+            )
+        if (self.sparsity_coefficient is None) == (self.target_l0 is None):
+            raise ValueError(
+                f"activation {self.activation} needs sparsity_coefficient, or target_l0 instead"
+                if self.target_l0 is None
+                else "sparsity_coefficient and target_l0 exclude each other; keep one"
+            )
+        if self.key_sparsity_coefficient is not None and self.sparsity_coefficient is None:
+            raise ValueError("key_sparsity_coefficient needs sparsity_coefficient, the query side's")
+        if self.key_target_l0 is not None and self.target_l0 is None:
+            raise ValueError("key_target_l0 needs target_l0, the query side's")
+        for side, name in ((self.query_side, ""), (self.key_side, "key_")):
+            if side.target_l0 is not None and side.target_l0 >= side.dictionary_size:
+                raise ValueError(
+                    f"{name}target_l0 {side.target_l0:g} is not below {name}dictionary_size {side.dictionary_size}"
+                )
+
+    def _given(self, *names: str) -> bool:
+        return any(getattr(self, prefix + name) is not None for name in names for prefix in ("", "key_"))

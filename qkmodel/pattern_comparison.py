@@ -8,19 +8,18 @@ token flatters the plain figure.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
-from qkmodel.pattern_kl import row_kl
+from qkmodel.kernels.pattern_comparison_cpu import FIRST_NO_BOS_ROW, RowSums, add_rows
+from qkmodel.kernels.pattern_kl_cpu import Keys, Queries, TruePattern
+from qkmodel.pattern_kl import true_pattern
 
 EVALUATION_BATCH = 8
-FIRST_NO_BOS_ROW = 2
-
-Queries = Float[Tensor, "batch context n_heads d_head"]
-Keys = Float[Tensor, "batch context n_kv_heads d_head"]
-LogPattern = Float[Tensor, "batch n_heads context context"]
+TERMS = ("full", "query", "key")
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,7 @@ class TrueBatch:
     """One validation batch's true side, shared by everything that is compared with it."""
 
     x: Float[Tensor, "batch context d_model"]
-    q: Queries
-    k: Keys
-    log_p: LogPattern
-    log_p_no_bos: LogPattern
+    pattern: TruePattern
 
 
 def validation_batches(cache: ActivationCache, layer: AttentionLayer, sequences: int) -> Iterator[TrueBatch]:
@@ -39,39 +35,42 @@ def validation_batches(cache: ActivationCache, layer: AttentionLayer, sequences:
     for start in range(0, sequences, EVALUATION_BATCH):
         numbers = range(start, min(start + EVALUATION_BATCH, sequences))
         x = cache.read(layer.geometry.layer, "validation", list(numbers))
-        q, k = layer.project(x)
-        log_p, log_p_no_bos = log_patterns(layer, q, k)
-        yield TrueBatch(x, q, k, log_p, log_p_no_bos)
+        yield TrueBatch(x, true_pattern(layer, *layer.project(x), torch.float32))
 
 
-def log_patterns(layer: AttentionLayer, q: Queries, k: Keys) -> tuple[LogPattern, LogPattern]:
-    """log p with every column, and with column 0 removed (rows from the third on)."""
-    scores = layer.scores(q, k)
-    return scores.log_softmax(-1), scores[..., FIRST_NO_BOS_ROW:, 1:].log_softmax(-1)
+class PatternComparison:
+    """Pooled figures of one reconstruction against the true pattern."""
 
+    def __init__(self, n_heads: int) -> None:
+        self._sums = RowSums(n_heads)
+        self._rows_per_head = 0
+        self._no_bos_rows = 0
 
-class KLSums:
-    """Pooled sums of row KL against the true pattern, per head, plain and without BOS."""
+    def add(self, true: TrueBatch, q_hat: Queries, k_hat: Keys) -> None:
+        """Takes in a batch of reconstructed queries and keys (before rotary)."""
+        add_rows(q_hat, k_hat, true.pattern, self._sums)
+        batch, context, n_heads, _ = q_hat.shape
+        self._rows_per_head += batch * context
+        self._no_bos_rows += batch * n_heads * max(0, context - FIRST_NO_BOS_ROW)
 
-    def __init__(self) -> None:
-        self.per_head: Tensor | float = 0.0
-        self.no_bos: float = 0.0
-        self.rows_per_head = 0
-        self.rows_no_bos = 0
+    def kl(self, term: str = "full") -> float:
+        """Mean KL over rows of the full, the query-only or the key-only reconstruction."""
+        return float(self._sums.kl[TERMS.index(term)].sum()) / self._rows
 
-    def add(self, true: TrueBatch, log_p_hat: LogPattern, log_p_hat_no_bos: LogPattern) -> None:
-        kl = row_kl(true.log_p, log_p_hat).double()
-        self.per_head = self.per_head + kl.sum((0, 2))
-        self.rows_per_head += kl.shape[0] * kl.shape[2]
-        no_bos = row_kl(true.log_p_no_bos, log_p_hat_no_bos).double()
-        self.no_bos += no_bos.sum().item()
-        self.rows_no_bos += no_bos.numel()
+    def kl_no_bos(self, term: str = "full") -> float:
+        return float(self._sums.kl_no_bos[TERMS.index(term)]) / self._no_bos_rows
 
-    def heads(self) -> list[float]:
-        return (self.per_head / self.rows_per_head).tolist()
+    def kl_of_heads(self) -> list[float]:
+        return (self._sums.kl[0] / self._rows_per_head).tolist()
 
-    def mean(self) -> float:
-        return (self.per_head / self.rows_per_head).mean().item()
+    def top1(self) -> float:
+        """Share of rows whose largest entry is at the same key."""
+        return float(self._sums.top1_and_error[0]) / self._rows
 
-    def mean_no_bos(self) -> float:
-        return self.no_bos / self.rows_no_bos
+    def max_error(self) -> float:
+        """Mean over rows of max |p − p̂|."""
+        return float(self._sums.top1_and_error[1]) / self._rows
+
+    @property
+    def _rows(self) -> int:
+        return self._rows_per_head * self._sums.kl.shape[1]

@@ -18,7 +18,7 @@ from qkmodel.attention_extraction import extract_attention_layer
 from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.errors import InputError
-from qkmodel.pattern_comparison import EVALUATION_BATCH, KLSums, log_patterns, validation_batches
+from qkmodel.pattern_comparison import EVALUATION_BATCH, PatternComparison, validation_batches
 from qkmodel.pattern_kl import row_kl
 from qkmodel.schema import Schema
 from qkmodel.tensor_file import UnknownFormat, read_tensor_file, write_tensor_file
@@ -39,7 +39,8 @@ class LayerReference:
     """The figures a training of this layer is compared with.
 
     `mean_input` [d_model], `mean_query` [n_heads·d_head] and `mean_key` [n_kv_heads·d_head] are means over
-    the training split. `kl_baseline` (nats) is the KL of the pattern made from mean query and mean key;
+    the training split, `input_rms` the root mean square of a coordinate of the input less its mean.
+    `kl_baseline` (nats) is the KL of the pattern made from mean query and mean key;
     `kl_cache` the KL between the exact pattern and the one from cached activations: the floor below which a
     `kl` means nothing. `ce_clean` and `ce_ablated` (nats per token) are the model's cross-entropy with its own
     pattern and with the mean pattern; None when they were not asked for.
@@ -48,6 +49,7 @@ class LayerReference:
     mean_input: Float[Tensor, "d_model"]
     mean_query: Float[Tensor, "query_width"]
     mean_key: Float[Tensor, "key_width"]
+    input_rms: float
     kl_baseline: float
     kl_baseline_no_bos: float
     kl_cache: float
@@ -62,7 +64,7 @@ class LayerReference:
 class ReferenceHeader(Schema):
     """What a stored reference holds beside its tensors."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     geometry: AttentionGeometry
     figures: dict[str, float | None]
 
@@ -114,7 +116,7 @@ def _compute(
     check = min(CACHE_CHECK_SEQUENCES, training.validation_sequences)
     tokens = cache.tokens("validation", list(range(check)))
     attention = extract_attention_layer(model, layer, tokens)
-    mean_input, mean_query, mean_key = _means(cache, attention, training)
+    mean_input, mean_query, mean_key, input_rms = _means(cache, attention, training)
     kl_baseline, kl_baseline_no_bos = _baselines(cache, attention, training.validation_sequences, mean_query, mean_key)
     exact = model.attention_inputs(tokens, [layer])[layer]
     cached = cache.read(layer, "validation", list(range(check)))
@@ -122,22 +124,23 @@ def _compute(
     ce_clean, ce_ablated = _cross_entropies(cache, attention, model, training.patched_sequences, mean_query, mean_key)
     kl_cache = row_kl(log_p, log_p_cached).double().mean().item()
     return attention, LayerReference(
-        mean_input, mean_query, mean_key, kl_baseline, kl_baseline_no_bos, kl_cache, ce_clean, ce_ablated
+        mean_input, mean_query, mean_key, input_rms, kl_baseline, kl_baseline_no_bos, kl_cache, ce_clean, ce_ablated
     )
 
 
 def _means(
     cache: ActivationCache, attention: AttentionLayer, training: TrainingConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, float]:
     sequences = min(MEAN_SEQUENCES, sequences_per_epoch(training, cache.context, cache.train_sequences_available))
-    sums: list[Tensor | float] = [0.0, 0.0, 0.0]
+    sums: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
     for start in range(0, sequences, EVALUATION_BATCH):
         x = cache.read(attention.geometry.layer, "train", list(range(start, min(start + EVALUATION_BATCH, sequences))))
         q, k = attention.project(x)
-        for index, value in enumerate((x, q.flatten(-2), k.flatten(-2))):
+        for index, value in enumerate((x, q.flatten(-2), k.flatten(-2), x.square())):
             sums[index] = sums[index] + value.double().sum((0, 1))
-    mean_input, mean_query, mean_key = ((total / (sequences * cache.context)).float() for total in sums)
-    return mean_input, mean_query, mean_key
+    mean_input, mean_query, mean_key, mean_square = (total / (sequences * cache.context) for total in sums)
+    input_rms = (mean_square - mean_input.square()).mean().sqrt().item()
+    return mean_input.float(), mean_query.float(), mean_key.float(), input_rms
 
 
 def _mean_queries_keys(
@@ -153,11 +156,11 @@ def _mean_queries_keys(
 def _baselines(
     cache: ActivationCache, attention: AttentionLayer, sequences: int, mean_query: Tensor, mean_key: Tensor
 ) -> tuple[float, float]:
-    sums = KLSums()
+    comparison = PatternComparison(attention.geometry.n_heads)
     for true in validation_batches(cache, attention, sequences):
         q, k = _mean_queries_keys(attention, mean_query, mean_key, true.x.shape[0], cache.context)
-        sums.add(true, *log_patterns(attention, q, k))
-    return sums.mean(), sums.mean_no_bos()
+        comparison.add(true, q, k)
+    return comparison.kl(), comparison.kl_no_bos()
 
 
 def _cross_entropies(

@@ -1,5 +1,7 @@
 """The query and key transcoders: sparse dictionaries from the layer's input to its queries and keys."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch.func import jvp, vjp
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.sparsity import make_activation
+from qkmodel.sparsity import Activation, JumpReLU, make_activation
 
 # Features overlap, so that at full strength their sum overshoots the projection they stand for. Measured on SmolLM2
 # (benchmarks/initialisation.py): 0.3 ends at two thirds of the KL that 1 ends at, for TopK and ReLU alike.
@@ -19,11 +21,12 @@ class Transcoder(nn.Module):
 
     Shapes: `W_enc` [features, d_model], `b_enc` [features], `W_dec` [features, d_out], `b_out` [d_out];
     the buffer `b_pre` [d_model] is the mean input. `b_pre` is not trained: `b_enc` can express every
-    change of it, and fixed it lets all members of a pack share one centred batch.
+    change of it, and fixed it lets all members of a pack share one centred batch. Decoder rows keep whatever norm
+    they learn: penalties look at f·‖w_dec‖, and TopK at the order of f, so no norm is there to be exploited.
     """
 
     def __init__(
-        self, features: int, b_pre: Float[Tensor, "d_model"], b_out: Float[Tensor, "d_out"], activation: nn.Module
+        self, features: int, b_pre: Float[Tensor, "d_model"], b_out: Float[Tensor, "d_out"], activation: Activation
     ) -> None:
         super().__init__()
         self.activation = activation
@@ -37,13 +40,9 @@ class Transcoder(nn.Module):
     def features(self) -> int:
         return self.b_enc.numel()
 
-    def encode_centred(self, centred: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens features"]:
-        """Feature activations of inputs from which `b_pre` is already taken away."""
-        return self.activation(nn.functional.linear(centred, self.W_enc, self.b_enc))
-
     def encode(self, x: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens features"]:
         """Feature activations, non-negative."""
-        return self.encode_centred(x - self.b_pre)
+        return self.activation(nn.functional.linear(x - self.b_pre, self.W_enc, self.b_enc))
 
     def decode(self, f: Float[Tensor, "*tokens features"]) -> Float[Tensor, "*tokens d_out"]:
         """Flattened queries (or keys) from feature activations."""
@@ -79,16 +78,13 @@ def empty_qk_transcoder(hyperparameters: Hyperparameters, layer: AttentionLayer)
     """A QKTranscoder of the right shapes whose numbers are still to be loaded."""
     geometry = layer.geometry
     d_in = torch.zeros(geometry.d_model)
-    sides = [
-        Transcoder(
-            hyperparameters.dictionary_size,
-            d_in,
-            torch.zeros(heads * geometry.d_head),
-            make_activation(hyperparameters),
+    sides = ((hyperparameters.query_side, geometry.n_heads), (hyperparameters.key_side, geometry.n_kv_heads))
+    return QKTranscoder(
+        *(
+            Transcoder(side.dictionary_size, d_in, torch.zeros(heads * geometry.d_head), make_activation(side))
+            for side, heads in sides
         )
-        for heads in (geometry.n_heads, geometry.n_kv_heads)
-    ]
-    return QKTranscoder(*sides)
+    )
 
 
 def initialise_qk_transcoder(
@@ -97,6 +93,7 @@ def initialise_qk_transcoder(
     mean_input: Float[Tensor, "d_model"],
     mean_query: Float[Tensor, "query_width"],
     mean_key: Float[Tensor, "key_width"],
+    input_rms: float,
 ) -> QKTranscoder:
     """A fresh QKTranscoder; everything random comes from `hyperparameters.seed`.
 
@@ -104,7 +101,8 @@ def initialise_qk_transcoder(
     is `INITIAL_DECODER_SCALE` times what the projection itself writes for its encoder row, so a feature
     starts out writing in the direction in which the model writes for it. Both come from the projection's
     derivative at the mean input, which is W_Q (W_K) itself where no q/k norm follows and its linearisation
-    where one does. `b_out` is the mean query (key).
+    where one does. `b_out` is the mean query (key). JumpReLU's thresholds start at `input_rms`, about a
+    standard deviation of the pre-activations.
     """
     transcoder = empty_qk_transcoder(hyperparameters, layer)
     generator = torch.Generator().manual_seed(hyperparameters.seed)
@@ -115,6 +113,8 @@ def initialise_qk_transcoder(
             side.b_out.copy_(mean_output)
             side.W_enc.copy_(encoder)
             side.W_dec.copy_(INITIAL_DECODER_SCALE * decoder)
+            if isinstance(side.activation, JumpReLU):
+                side.activation.log_threshold.fill_(math.log(input_rms))
     return transcoder
 
 

@@ -25,7 +25,8 @@ from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.pack import CheckpointHeader, Member, checkpoint_steps, save_checkpoint
+from qkmodel.member import Member
+from qkmodel.pack import CheckpointHeader, checkpoint_steps, save_checkpoint
 from qkmodel.reference import LayerReference
 from qkmodel.tensor_file import write_tensor_file
 from tests.qkmodel.layers import random_layer
@@ -125,8 +126,9 @@ def given_up(training: str, steps: int) -> MemberReport:
 @cache
 def small_member() -> Member:
     layer = random_layer(d_model=4, d_head=2, n_heads=1, n_kv_heads=1, rotary_dim=2)
-    reference = LayerReference(torch.zeros(4), torch.zeros(2), torch.zeros(2), 1.0, 1.0, 0.0, None, None)
-    return Member(Hyperparameters(dictionary_size=2, activation="topk", k=1, learning_rate=1e-3), layer, reference)
+    reference = LayerReference(torch.zeros(4), torch.zeros(2), torch.zeros(2), 1.0, 1.0, 1.0, 0.0, None, None)
+    hyperparameters = Hyperparameters(dictionary_size=2, activation="topk", k=1, learning_rate=1e-3)
+    return Member(hyperparameters, layer, reference, TrainingConfig(tokens=1))
 
 
 def write_checkpoint(folder: Path, training: str, steps: int) -> None:

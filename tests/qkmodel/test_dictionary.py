@@ -33,7 +33,7 @@ TOPK = Hyperparameters(dictionary_size=24, activation="topk", k=3, learning_rate
 def saved(world: SmallWorld, tmp_path: Path) -> tuple[Path, str]:
     reference = world.reference
     transcoder = initialise_qk_transcoder(
-        TOPK, world.layer, reference.mean_input, reference.mean_query, reference.mean_key
+        TOPK, world.layer, reference.mean_input, reference.mean_query, reference.mean_key, reference.input_rms
     )
     config = DictionaryConfig(
         training_id="t",
@@ -43,7 +43,7 @@ def saved(world: SmallWorld, tmp_path: Path) -> tuple[Path, str]:
         training=world.training,
         sweep_seed=0,
         hyperparameters=TOPK,
-        metrics=evaluate(transcoder, world.layer, world.cache, reference, 19) | {"ce_recovered": None},
+        metrics=evaluate([transcoder], world.layer, world.cache, reference, 19)[0] | {"ce_recovered": None},
         versions={"torch": torch.__version__},
         git_sha=None,
     )
@@ -63,7 +63,7 @@ def rewrite_tensors(folder: Path, name: str, change: dict[str, torch.Tensor | No
 
 def test_metrics_survive_to_the_last_digit(world: SmallWorld, saved: tuple[Path, str]) -> None:
     dictionary = load_dictionary(*saved)
-    again = evaluate(dictionary.transcoder, dictionary.attention, world.cache, world.reference, 19)
+    (again,) = evaluate([dictionary.transcoder], dictionary.attention, world.cache, world.reference, 19)
     assert again | {"ce_recovered": None} == dictionary.config.metrics
     assert dictionary.config.model.config == MODEL
     assert not any(parameter.requires_grad for parameter in dictionary.transcoder.parameters())

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from qkmodel.errors import InputError
-from qkmodel.evaluation import evaluate, evaluate_briefly, evaluate_cross_entropy
+from qkmodel.evaluation import evaluate, evaluate_cross_entropy
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer
 from qkmodel.reference import ensure_reference, load_reference, reference_path
 from qkmodel.transcoder import QKTranscoder
 from tests.qkmodel.world import CONTEXT, LAYER, SmallWorld, make_world
 
-TOPK = Hyperparameters(dictionary_size=24, activation="topk", k=3, learning_rate=1e-2)
+TOPK = Hyperparameters(dictionary_size=64, activation="topk", k=3, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module", params=["llama3", "qwen3", "gpt2"])
@@ -74,11 +74,11 @@ def plain_metrics(world: SmallWorld, transcoder: QKTranscoder) -> dict[str, floa
     metrics |= {f"kl_head_{h:02d}": value / (sequences * CONTEXT) for h, value in enumerate(per_head)}
     metrics |= {"top1": agree / rows, "max_error": error / rows}
     for side, f in (("query", f_q), ("key", f_k)):
-        counts = [sum(int(f[b, t, j] > 0) for b in range(sequences) for t in range(1, CONTEXT)) for j in range(24)]
+        counts = [sum(int(f[b, t, j] > 0) for b in range(sequences) for t in range(1, CONTEXT)) for j in range(64)]
         tokens = sequences * (CONTEXT - 1)
         metrics[f"l0_{side}"] = sum(counts) / tokens
-        metrics[f"dead_{side}"] = sum(count == 0 for count in counts) / 24
-        metrics[f"dense_{side}"] = sum(count > 0.1 * tokens for count in counts) / 24
+        metrics[f"dead_{side}"] = sum(count == 0 for count in counts) / 64
+        metrics[f"dense_{side}"] = sum(count > 0.1 * tokens for count in counts) / 64
     metrics["l0"] = (metrics["l0_query"] + metrics["l0_key"]) / 2
     metrics["feature_window_tokens"] = tokens
     return metrics
@@ -86,7 +86,7 @@ def plain_metrics(world: SmallWorld, transcoder: QKTranscoder) -> dict[str, floa
 
 def test_metrics_equal_a_plain_loop(trained: tuple[SmallWorld, QKTranscoder]) -> None:
     world, transcoder = trained
-    ours = evaluate(transcoder, world.layer, world.cache, world.reference, world.training.validation_sequences)
+    (ours,) = evaluate([transcoder], world.layer, world.cache, world.reference, world.training.validation_sequences)
     plain = plain_metrics(world, transcoder)
     baseline, baseline_no_bos = world.reference.kl_baseline, world.reference.kl_baseline_no_bos
     plain |= {
@@ -101,11 +101,12 @@ def test_metrics_equal_a_plain_loop(trained: tuple[SmallWorld, QKTranscoder]) ->
         assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-def test_progress_figures_are_the_metrics_of_fewer_sequences(trained: tuple[SmallWorld, QKTranscoder]) -> None:
+def test_together_and_on_threads_is_as_alone(trained: tuple[SmallWorld, QKTranscoder]) -> None:
     world, transcoder = trained
-    arguments = transcoder, world.layer, world.cache, world.reference, 5
-    brief, whole = evaluate_briefly(*arguments), evaluate(*arguments)
-    assert brief == {name: whole[name] for name in ("kl", "kl_recovered", "l0")}
+    arguments = world.layer, world.cache, world.reference, 19
+    other = PackTrainer([TOPK], world.layer, world.cache, world.reference, world.training, seed=0).members[0].transcoder
+    alone = evaluate([transcoder], *arguments) + evaluate([other], *arguments)
+    assert evaluate([transcoder, other], *arguments, threads=2) == alone
 
 
 def test_references_equal_a_plain_computation(trained: tuple[SmallWorld, QKTranscoder]) -> None:

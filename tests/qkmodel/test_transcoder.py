@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.sparsity import L1Penalty, ReLU, SqrtPenalty, TopK
+from qkmodel.sparsity import L1Penalty, ReLU, SqrtPenalty, TanhPenalty, TopK
 from qkmodel.transcoder import INITIAL_DECODER_SCALE, Transcoder, initialise_qk_transcoder
 from tests.qkmodel.layers import random_layer
 
@@ -38,20 +38,20 @@ def test_topk_passes_gradients_to_kept_features_only() -> None:
 
 def test_penalties_by_hand() -> None:
     a = torch.tensor([[0.0, 4.0], [1.0, 0.0]], dtype=torch.float64)
-    assert L1Penalty()(a).item() == 2.5
+    assert L1Penalty()(a, 0.0).item() == 2.5
     expected = ((4 + 1e-6) ** 0.5 + (1 + 1e-6) ** 0.5 - 2e-3) / 2
-    assert SqrtPenalty()(a).item() == pytest.approx(expected, rel=1e-12)
+    assert SqrtPenalty()(a, 0.0).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_penalties_do_not_depend_on_the_number_of_tokens() -> None:
     a = random_tensor(6, 9).abs()
-    for penalty in (L1Penalty(), SqrtPenalty()):
-        torch.testing.assert_close(penalty(a), penalty(a.repeat(5, 1)))
+    for penalty in (L1Penalty(), SqrtPenalty(), TanhPenalty()):
+        torch.testing.assert_close(penalty(a, 0.5), penalty(a.repeat(5, 1), 0.5))
 
 
 def test_sqrt_penalty_has_a_finite_slope_at_zero() -> None:
     a = torch.zeros(3, requires_grad=True)
-    SqrtPenalty()(a[None]).backward()
+    SqrtPenalty()(a[None], 0.0).backward()
     assert torch.isfinite(a.grad).all()
 
 
@@ -71,7 +71,7 @@ def test_forward_is_the_stated_formula() -> None:
 def test_initial_features_write_what_the_model_writes_for_them() -> None:
     layer = random_layer(n_heads=4, n_kv_heads=2, d_model=24)
     q_mean, k_mean, mean = random_tensor(64), random_tensor(32, seed=1), random_tensor(24, seed=2)
-    transcoder, scale = initialise_qk_transcoder(RELU, layer, mean, q_mean, k_mean), INITIAL_DECODER_SCALE
+    transcoder, scale = initialise_qk_transcoder(RELU, layer, mean, q_mean, k_mean, 1.0), INITIAL_DECODER_SCALE
     for side, weight, mean_output in ((transcoder.query, layer.w_q, q_mean), (transcoder.key, layer.w_k, k_mean)):
         torch.testing.assert_close(side.W_enc.norm(dim=-1), torch.ones(50))
         torch.testing.assert_close(side.W_dec, scale * side.W_enc @ weight.T, rtol=1e-4, atol=1e-5)
@@ -84,7 +84,7 @@ def test_initial_features_write_what_the_model_writes_for_them() -> None:
 def test_initialisation_behind_a_norm_is_its_linearisation() -> None:
     layer = random_layer(qk_norm_eps=1e-6)
     mean = random_tensor(24, seed=2)
-    transcoder = initialise_qk_transcoder(RELU, layer, mean, random_tensor(64), random_tensor(32))
+    transcoder = initialise_qk_transcoder(RELU, layer, mean, random_tensor(64), random_tensor(32), 1.0)
     step = 1e-3
     moved = layer.double().project((mean + step * transcoder.query.W_enc).double()[None])[0].flatten(-2)
     still = layer.project(mean.double()[None, None])[0].flatten(-2)
@@ -95,9 +95,9 @@ def test_initialisation_behind_a_norm_is_its_linearisation() -> None:
 def test_seeds_move_the_initialisation_and_nothing_else_does() -> None:
     layer = random_layer()
     means = random_tensor(24), random_tensor(64), random_tensor(32)
-    same = [initialise_qk_transcoder(RELU, layer, *means).query.W_enc for _ in range(2)]
+    same = [initialise_qk_transcoder(RELU, layer, *means, 1.0).query.W_enc for _ in range(2)]
     torch.manual_seed(99)
     assert torch.equal(*same)
-    assert torch.equal(same[0], initialise_qk_transcoder(RELU, layer, *means).query.W_enc)
+    assert torch.equal(same[0], initialise_qk_transcoder(RELU, layer, *means, 1.0).query.W_enc)
     other = RELU.model_copy(update={"seed": 4})
-    assert not torch.equal(same[0], initialise_qk_transcoder(other, layer, *means).query.W_enc)
+    assert not torch.equal(same[0], initialise_qk_transcoder(other, layer, *means, 1.0).query.W_enc)

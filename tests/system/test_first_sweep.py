@@ -295,8 +295,8 @@ for folder, sha256 in json.loads(sys.argv[2]).items():
     dictionary = load_dictionary(folder, sha256)
     training = dictionary.config.training
     _, reference = load_reference(reference_path(cache, dictionary.config.model.layer, training))
-    answers[dictionary.config.training_id] = evaluate(
-        dictionary.transcoder, dictionary.attention, cache, reference, training.validation_sequences
+    (answers[dictionary.config.training_id],) = evaluate(
+        [dictionary.transcoder], dictionary.attention, cache, reference, training.validation_sequences
     )
 print(json.dumps(answers))
 """

@@ -1,0 +1,1 @@
+"""The arithmetic that a training spends its time in, written for the machine it runs on."""

@@ -1,0 +1,154 @@
+"""Sparse transcoders on a CPU: once a few features per token are chosen, nothing else is touched again.
+
+Pre-activations come as a dense product, in float32 or bfloat16, and only choose the features; the activations of
+the chosen ones are computed anew in float32. Positive floats are ordered as their bits are, so choosing compares
+integers: `bits` is a float tensor seen as int16 (bfloat16) or int32 (float32).
+
+A `code` is (starts, features, values): token t activates `features[starts[t]:starts[t + 1]]`, in no order.
+"""
+
+import numpy as np
+
+from qkmodel.kernels.numerics_cpu import kernel
+
+
+@kernel
+def choose_largest(bits, k, starts, features):
+    """The k largest positive pre-activations of each token, the first of equal ones.
+
+    Fills `starts` [tokens + 1] and `features` [tokens · k]; a token with fewer positive ones keeps those.
+    """
+    starts[0] = 0
+    for token in range(bits.shape[0]):
+        row = bits[token : token + 1]
+        threshold = _kth_largest(row, k, 0)
+        spare = k - _count_from(row, threshold + bits.dtype.type(1), 0)
+        place = starts[token]
+        for j in range(bits.shape[1]):
+            if bits[token, j] >= threshold:
+                if bits[token, j] == threshold:
+                    if spare <= 0:
+                        continue
+                    spare -= 1
+                features[place] = j
+                place += 1
+        starts[token + 1] = place
+
+
+@kernel
+def choose_largest_of_batch(bits, context, budget, starts, features):
+    """The `budget` largest positive pre-activations of all tokens but those at position 0, the first of equal ones.
+
+    Position 0 keeps what is as large as the smallest of them. `features` has room for the budget and for every
+    feature of every position 0.
+    """
+    starts[0] = 0
+    threshold = _kth_largest(bits, budget, context)
+    spare = budget - _count_from(bits, threshold + bits.dtype.type(1), context)
+    for token in range(bits.shape[0]):
+        place = starts[token]
+        for j in range(bits.shape[1]):
+            if bits[token, j] >= threshold:
+                if bits[token, j] == threshold and token % context != 0:
+                    if spare <= 0:
+                        continue
+                    spare -= 1
+                features[place] = j
+                place += 1
+        starts[token + 1] = place
+
+
+@kernel
+def _kth_largest(bits, k, context):
+    """The k-th largest element, or 1 if fewer are positive: by halving the interval that it lies in."""
+    low, high = np.int64(1), np.int64(np.iinfo(bits.dtype).max)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        if _count_from(bits, bits.dtype.type(middle), context) >= k:
+            low = middle
+        else:
+            high = middle - 1
+    return bits.dtype.type(low)
+
+
+@kernel
+def _count_from(bits, threshold, context):
+    """Elements from `threshold` on, without those of every `context`-th row (context 0: of all rows)."""
+    total = 0
+    for token in range(bits.shape[0]):
+        if context > 0 and token % context == 0:
+            continue
+        count = np.int32(0)
+        for j in range(bits.shape[1]):
+            count += np.int32(bits[token, j] >= threshold)
+        total += count
+    return total
+
+
+@kernel
+def encode_chosen(x, w_enc, b_enc, starts, features, values):
+    """Activations max(w_i·x + b_i, 0) of the chosen features."""
+    for token in range(x.shape[0]):
+        for place in range(starts[token], starts[token + 1]):
+            i = features[place]
+            pre = b_enc[i]
+            for d in range(x.shape[1]):
+                pre += x[token, d] * w_enc[i, d]
+            values[place] = max(pre, b_enc.dtype.type(0.0))
+
+
+@kernel
+def decode_chosen(starts, features, values, w_dec, b_out, y):
+    """y = Σ f_i w_dec_i + b_out."""
+    for token in range(y.shape[0]):
+        for o in range(y.shape[1]):
+            y[token, o] = b_out[o]
+        for place in range(starts[token], starts[token + 1]):
+            i, f = features[place], values[place]
+            for o in range(y.shape[1]):
+                y[token, o] += f * w_dec[i, o]
+
+
+@kernel
+def add_gradients(x, starts, features, values, w_dec, dy, g_w_enc, g_b_enc, g_w_dec, g_b_out):
+    """Adds the gradients of encoder and decoder, given the gradient `dy` of the decoder's output."""
+    for token in range(x.shape[0]):
+        for o in range(dy.shape[1]):
+            g_b_out[o] += dy[token, o]
+        for place in range(starts[token], starts[token + 1]):
+            i, f = features[place], values[place]
+            if f == 0:
+                continue
+            df = g_b_enc.dtype.type(0.0)
+            for o in range(dy.shape[1]):
+                df += dy[token, o] * w_dec[i, o]
+            for o in range(dy.shape[1]):
+                g_w_dec[i, o] += f * dy[token, o]
+            g_b_enc[i] += df
+            for d in range(x.shape[1]):
+                g_w_enc[i, d] += df * x[token, d]
+
+
+@kernel
+def tally(context, starts, values):
+    """How many values are positive, and the smallest of them, position 0 left out (0 if there is none)."""
+    active, smallest = 0, np.float32(np.inf)
+    for token in range(len(starts) - 1):
+        if token % context == 0:
+            continue
+        for place in range(starts[token], starts[token + 1]):
+            if values[place] > 0:
+                active += 1
+                smallest = min(smallest, values[place])
+    return active, smallest if active > 0 else np.float32(0.0)
+
+
+@kernel
+def count_fired(context, starts, features, values, counts):
+    """Adds to `counts` how often each feature is active, position 0 left out."""
+    for token in range(len(starts) - 1):
+        if token % context == 0:
+            continue
+        for place in range(starts[token], starts[token + 1]):
+            if values[place] > 0:
+                counts[features[place]] += 1

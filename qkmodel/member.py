@@ -1,0 +1,140 @@
+"""One training inside a pack: its transcoder, its optimiser, its penalties, and one step of it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qkmodel.attention import AttentionLayer
+from qkmodel.configs import TrainingConfig
+from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
+from qkmodel.pattern_kl import TruePattern, pattern_kl
+from qkmodel.reference import LayerReference
+from qkmodel.sparsity import PENALTIES, JumpReLU, jump_penalty
+from qkmodel.sparsity_control import Coefficient
+from qkmodel.transcode import CentredInputs, Side, transcode
+from qkmodel.transcoder import QKTranscoder, Transcoder, initialise_qk_transcoder
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """What all members read of one batch."""
+
+    inputs: CentredInputs
+    true: TruePattern
+
+
+@dataclass
+class LossSums:
+    """Sums over the steps since the last reading, in float64."""
+
+    steps: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **values: float) -> None:
+        self.steps += 1
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+
+    def take_means(self) -> dict[str, float]:
+        means = {name: value / self.steps for name, value in self.values.items()}
+        self.steps, self.values = 0, {}
+        return means
+
+
+class SidePenalty(nn.Module):
+    """λ·Ω of one side; zero for activations that are sparse by construction."""
+
+    def __init__(self, side: SideHyperparameters) -> None:
+        super().__init__()
+        self.penalty = PENALTIES[side.penalty]() if side.penalty is not None else None
+        self.coefficient = Coefficient(side)
+
+    def forward(self, transcoder: Transcoder, side: Side, progress: float) -> Tensor | float:
+        if isinstance(transcoder.activation, JumpReLU):
+            omega = jump_penalty(side.pre, transcoder.activation, transcoder.decoder_norms())
+        elif self.penalty is not None:
+            omega = self.penalty(side.f * transcoder.decoder_norms(), progress)
+        else:
+            return 0.0
+        return self.coefficient.value.item() * omega
+
+
+class Member:
+    """One training inside a pack. Whatever its next step depends on, besides the data, is in `state_tensors`."""
+
+    def __init__(
+        self,
+        hyperparameters: Hyperparameters,
+        layer: AttentionLayer,
+        reference: LayerReference,
+        training: TrainingConfig,
+    ) -> None:
+        self.hyperparameters = hyperparameters
+        self.gradient_clip = training.gradient_clip
+        self.d_head = layer.geometry.d_head
+        self.transcoder: QKTranscoder = initialise_qk_transcoder(
+            hyperparameters,
+            layer,
+            reference.mean_input,
+            reference.mean_query,
+            reference.mean_key,
+            reference.input_rms,
+        )
+        self.penalties = nn.ModuleDict(
+            {"query": SidePenalty(hyperparameters.query_side), "key": SidePenalty(hyperparameters.key_side)}
+        )
+        self.optimiser = torch.optim.Adam(self.transcoder.parameters(), lr=hyperparameters.learning_rate, fused=True)
+        self.losses = LossSums()
+
+    def step(self, batch: SharedBatch, learning_rate_factor: float, progress: float) -> None:
+        """One optimiser step on one batch; `progress` is the share of the training that is done."""
+        context = batch.inputs.context
+        query = transcode(self.transcoder.query, batch.inputs)
+        key = transcode(self.transcoder.key, batch.inputs)
+        q_hat, k_hat = (side.y.view(-1, context, side.y.shape[-1] // self.d_head, self.d_head) for side in (query, key))
+        pattern_loss = pattern_kl(q_hat, k_hat, batch.true)
+        loss = pattern_loss.total
+        loss = loss + self.penalties["query"](self.transcoder.query, query, progress)
+        loss = loss + self.penalties["key"](self.transcoder.key, key, progress)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.transcoder.parameters(), self.gradient_clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.hyperparameters.learning_rate * learning_rate_factor
+        self.optimiser.step()
+        counted = q_hat.shape[0] * (context - 1)
+        l0 = {"query": query.active / counted, "key": key.active / counted}
+        for name, value in l0.items():
+            self.penalties[name].coefficient.observe(value, progress)
+        self.losses.add(loss=loss.item(), train_kl=pattern_loss.full.item(), train_l0=(l0["query"] + l0["key"]) / 2)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every weight is a number. Losses do not tell: the kernels take that for granted."""
+        return all(parameter.isfinite().all() for parameter in self.transcoder.parameters())
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights, optimiser moments, and what penalties remember."""
+        tensors = {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
+        tensors |= {f"penalties.{name}": value for name, value in self.penalties.state_dict().items()}
+        for name, parameter in self.transcoder.named_parameters():
+            for key, value in self.optimiser.state[parameter].items():
+                tensors[f"optimiser.{name}.{key}"] = value
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`.
+
+        Raises KeyError or RuntimeError when a tensor is missing or has another shape.
+        """
+        for prefix, module in (("transcoder.", self.transcoder), ("penalties.", self.penalties)):
+            module.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            )
+        for name, parameter in self.transcoder.named_parameters():
+            state = {key: tensors[f"optimiser.{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+            if state["exp_avg"].shape != parameter.shape or state["exp_avg_sq"].shape != parameter.shape:
+                raise RuntimeError(f"optimiser moments of {name} do not have its shape {tuple(parameter.shape)}")
+            self.optimiser.state[parameter] = state

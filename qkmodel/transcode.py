@@ -1,0 +1,173 @@
+"""How one side of a transcoder runs in bulk: from inputs to reconstructed queries or keys, in training and evaluation.
+
+Activations that choose a few features per token go a sparse way on the CPU, which never touches the others again;
+everything else is dense. Both give the same numbers up to rounding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qkmodel.kernels.numerics_cpu import as_array
+from qkmodel.kernels.sparse_cpu import (
+    add_gradients,
+    choose_largest,
+    choose_largest_of_batch,
+    count_fired,
+    decode_chosen,
+    encode_chosen,
+    tally,
+)
+from qkmodel.products import linear
+from qkmodel.sparsity import BatchTopK, TopK
+from qkmodel.transcoder import Transcoder
+
+# Above this share of active features a dense product is quicker than picking them out (measured, bfloat16).
+SPARSE_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class CentredInputs:
+    """A batch's inputs less their mean, which all members of a pack read; `rounded` in the products' element type."""
+
+    x: Float[Tensor, "tokens d_model"]
+    rounded: Float[Tensor, "tokens d_model"]
+    context: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side made of a batch.
+
+    `pre` and `f` carry gradients; they are None on the sparse way, whose activations have no penalty to feed.
+    `active` counts active features, position 0 left out.
+    """
+
+    y: Float[Tensor, "tokens d_out"]
+    pre: Float[Tensor, "batch context features"] | None
+    f: Float[Tensor, "batch context features"] | None
+    active: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """Active features: token t has `features[starts[t]:starts[t + 1]]` with `values` beside them."""
+
+    starts: np.ndarray
+    features: np.ndarray
+    values: np.ndarray
+
+
+def transcode(transcoder: Transcoder, inputs: CentredInputs) -> Side:
+    """Reconstructed outputs of a batch that is trained on."""
+    activation = transcoder.activation
+    if isinstance(activation, TopK | BatchTopK) and _is_sparse(transcoder, inputs):
+        return _transcode_sparsely(transcoder, activation, inputs)
+    dtype = inputs.rounded.dtype
+    pre = linear(inputs.rounded, transcoder.W_enc, dtype) + transcoder.b_enc
+    pre = pre.unflatten(0, (-1, inputs.context))
+    f = activation.training_forward(pre)
+    y = linear(f.flatten(0, 1), transcoder.W_dec.mT, dtype) + transcoder.b_out
+    return Side(y, pre, f, int((f.detach()[:, 1:] > 0).sum()))
+
+
+@torch.no_grad()
+def infer(
+    transcoder: Transcoder, x: Float[Tensor, "batch context d_model"]
+) -> tuple[Float[Tensor, "batch context d_out"], np.ndarray]:
+    """What the dictionary as it stands makes of `x`, in float32, and how often each feature is active [features].
+
+    The same as calling it, up to rounding. Position 0 does not count as activity.
+    """
+    centred = (x - transcoder.b_pre).flatten(0, 1)
+    inputs = CentredInputs(centred, centred, x.shape[1])
+    counts = np.zeros(transcoder.features, np.int64)
+    if isinstance(transcoder.activation, TopK) and _is_sparse(transcoder, inputs):
+        code = _encode(transcoder, transcoder.activation, inputs)
+        count_fired(inputs.context, code.starts, code.features, code.values, counts)
+        y = torch.empty(len(centred), len(transcoder.b_out))
+        w_dec, b_out = as_array(transcoder.W_dec), as_array(transcoder.b_out)
+        decode_chosen(code.starts, code.features, code.values, w_dec, b_out, as_array(y))
+        return y.view(*x.shape[:2], -1), counts
+    f = transcoder.encode(x)
+    counts += (f[:, 1:] > 0).flatten(0, 1).sum(0).numpy(force=True)
+    return transcoder.decode(f), counts
+
+
+def _is_sparse(transcoder: Transcoder, inputs: CentredInputs) -> bool:
+    on_cpu = inputs.x.device.type == "cpu"
+    return on_cpu and transcoder.activation.k <= SPARSE_SHARE * transcoder.features
+
+
+def _transcode_sparsely(transcoder: Transcoder, activation: TopK | BatchTopK, inputs: CentredInputs) -> Side:
+    code = _encode(transcoder, activation, inputs)
+    y = _SparseTranscoder.apply(transcoder.W_enc, transcoder.b_enc, transcoder.W_dec, transcoder.b_out, inputs.x, code)
+    active, smallest = tally(inputs.context, code.starts, code.values)
+    if isinstance(activation, BatchTopK):
+        activation.follow(torch.tensor(smallest))
+    return Side(y, None, None, active)
+
+
+@torch.no_grad()
+def _encode(transcoder: Transcoder, activation: TopK | BatchTopK, inputs: CentredInputs) -> Code:
+    dtype = inputs.rounded.dtype
+    pre = torch.nn.functional.linear(inputs.rounded, transcoder.W_enc.to(dtype), transcoder.b_enc.to(dtype))
+    bits = pre.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
+    tokens, width = pre.shape
+    starts = np.empty(tokens + 1, np.int64)
+    if isinstance(activation, TopK):
+        features = np.empty(tokens * activation.k, np.int32)
+        choose_largest(bits, activation.k, starts, features)
+    else:
+        batch = tokens // inputs.context
+        budget = activation.budget(batch, inputs.context)
+        features = np.empty(budget + batch * width, np.int32)
+        choose_largest_of_batch(bits, inputs.context, budget, starts, features)
+    features = features[: starts[-1]]
+    values = np.empty(len(features), np.float32)
+    encode_chosen(as_array(inputs.x), as_array(transcoder.W_enc), as_array(transcoder.b_enc), starts, features, values)
+    return Code(starts, features, values)
+
+
+class _SparseTranscoder(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        w_enc: Float[Tensor, "features d_model"],
+        b_enc: Float[Tensor, "features"],
+        w_dec: Float[Tensor, "features d_out"],
+        b_out: Float[Tensor, "d_out"],
+        x: Float[Tensor, "tokens d_model"],
+        code: Code,
+    ) -> Float[Tensor, "tokens d_out"]:
+        y = torch.empty(len(x), len(b_out))
+        decode_chosen(code.starts, code.features, code.values, as_array(w_dec), as_array(b_out), as_array(y))
+        ctx.save_for_backward(w_dec, x)
+        ctx.code = code
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, dy: Float[Tensor, "tokens d_out"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        w_dec, x = ctx.saved_tensors
+        gradients = (
+            torch.zeros(len(w_dec), x.shape[1]),
+            torch.zeros(len(w_dec)),
+            torch.zeros_like(w_dec),
+            torch.zeros(w_dec.shape[1]),
+        )
+        code = ctx.code
+        add_gradients(
+            as_array(x),
+            code.starts,
+            code.features,
+            code.values,
+            as_array(w_dec),
+            as_array(dy.contiguous()),
+            *map(as_array, gradients),
+        )
+        return *gradients, None, None
