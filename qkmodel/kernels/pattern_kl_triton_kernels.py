@@ -31,7 +31,7 @@ def true_log_sums(
         columns = start + tl.arange(0, STEP)
         k = _load(keys, columns, context, N_KV_HEADS, D_HEAD, DEPTH)
         scores = _capped(tl.dot(q, tl.trans(k), input_precision="ieee"), SOFT_CAP)
-        visible = _visible(rows[:, None], columns[None, :], context, window)
+        visible = _visible(rows[:, None], columns[None, :], window)
         largest, total = _add_block(tl.where(visible, scores, float("-inf")), largest, total)
     tl.store(log_sums + tl.program_id(0) * context + rows, largest + tl.log(total), mask=rows < context)
 
@@ -62,7 +62,7 @@ def row_normalisers(
         k = _load(keys, columns, context, N_KV_HEADS, D_HEAD, DEPTH)
         k_change = _load(key_changes, columns, context, N_KV_HEADS, D_HEAD, DEPTH)
         raw, by_query, by_key, by_both = _products(q, q_change, k, k_change)
-        visible = _visible(rows[:, None], columns[None, :], context, window)
+        visible = _visible(rows[:, None], columns[None, :], window)
         log_p = tl.where(visible, _capped(raw, SOFT_CAP) - log_sum[:, None], float("-inf"))
         p = tl.exp(log_p)
         full = _change(raw, by_both, SOFT_CAP)
@@ -107,7 +107,7 @@ def query_gradient(
         k = _load(keys, columns, context, N_KV_HEADS, D_HEAD, DEPTH)
         k_change = _load(key_changes, columns, context, N_KV_HEADS, D_HEAD, DEPTH)
         raw, by_query, _, by_both = _products(q, q_change, k, k_change)
-        visible = _visible(rows[:, None], columns[None, :], context, window)
+        visible = _visible(rows[:, None], columns[None, :], window)
         log_p = tl.where(visible, _capped(raw, SOFT_CAP) - log_sum[:, None], float("-inf"))
         full = FULL_WEIGHT * _score_gradient(raw, by_both, log_p, full_norm[:, None], SOFT_CAP)
         half = _score_gradient(raw, by_query, log_p, query_norm[:, None], SOFT_CAP)
@@ -145,7 +145,7 @@ def key_gradient(
             full_norm = tl.load(normalisers + head_row + rows, mask=rows < context, other=0.0)
             key_norm = tl.load(normalisers + 2 * term + head_row + rows, mask=rows < context, other=0.0)
             raw, by_key, _, by_both = _products(k, k_change, q, q_change)
-            visible = _visible(rows[None, :], columns[:, None], context, window)
+            visible = _visible(rows[None, :], columns[:, None], window)
             log_p = tl.where(visible, _capped(raw, SOFT_CAP) - log_sum[None, :], float("-inf"))
             full = FULL_WEIGHT * _score_gradient(raw, by_both, log_p, full_norm[None, :], SOFT_CAP)
             half = _score_gradient(raw, by_key, log_p, key_norm[None, :], SOFT_CAP)
@@ -181,8 +181,9 @@ def _store(pointer, values, positions, context, HEADS: tl.constexpr, D_HEAD: tl.
 
 
 @triton.jit
-def _visible(rows, columns, context, window):
-    return (columns <= rows) & (rows - columns < window) & (rows < context)
+def _visible(rows, columns, window):
+    # rows past the context need no mask: their zeros make p̂ = p, so no gradient, and their sums are left out
+    return (columns <= rows) & (rows - columns < window)
 
 
 @triton.jit
