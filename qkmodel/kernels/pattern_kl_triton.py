@@ -77,7 +77,7 @@ def true_pattern(layer: AttentionLayer, q: Queries, k: Keys, product_dtype: torc
 def pattern_kl_gradients(q_hat: Queries, k_hat: Keys, true: TruePattern) -> tuple[Float[Tensor, "3"], Queries, Keys]:
     """KL (nats) of the full, the query-only and the key-only reconstruction, and the pattern loss's gradients.
 
-    Memory beyond inputs and gradients: Δq and Δk in the products' element type, and three numbers per row.
+    Memory beyond inputs and gradients: a few tensors of the inputs' size (rotation, Δq, Δk) and three numbers a row.
     """
     layer, scale = true.layer, true.layer.geometry.scale
     batch, context, n_heads, d_head = q_hat.shape
