@@ -8,6 +8,7 @@ under `kernels/`; the plain one here is what it is tested against.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,16 @@ from torch import Tensor
 from qkmodel.attention import AttentionLayer
 from qkmodel.kernels import pattern_kl_cpu
 from qkmodel.kernels.pattern_kl_cpu import FULL_WEIGHT, Keys, Queries, TruePattern
+
+
+def _form(device: torch.device) -> ModuleType:
+    """The fused form for a device: `true_pattern` and `pattern_kl_gradients`."""
+    if device.type == "cuda":
+        # Triton comes with torch's CUDA builds only
+        from qkmodel.kernels import pattern_kl_triton
+
+        return pattern_kl_triton
+    return pattern_kl_cpu
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class PatternLoss:
 @torch.no_grad()
 def true_pattern(layer: AttentionLayer, q: Queries, k: Keys, product_dtype: torch.dtype) -> TruePattern:
     """The true side of a batch, from the model's own queries and keys (before rotary): computed once per pack."""
-    return pattern_kl_cpu.true_pattern(layer, q, k, product_dtype)
+    return _form(q.device).true_pattern(layer, q, k, product_dtype)
 
 
 def pattern_kl(q_hat: Queries, k_hat: Keys, true: TruePattern) -> PatternLoss:
@@ -68,7 +79,7 @@ class _FusedPatternKL(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, q_hat: Queries, k_hat: Keys, true: TruePattern
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "3"]]:
-        parts, dq, dk = pattern_kl_cpu.pattern_kl_gradients(q_hat, k_hat, true)
+        parts, dq, dk = _form(q_hat.device).pattern_kl_gradients(q_hat, k_hat, true)
         ctx.save_for_backward(dq, dk)
         ctx.mark_non_differentiable(parts)
         return FULL_WEIGHT * parts[0] + parts[1] + parts[2], parts

@@ -92,7 +92,11 @@ BROKEN_VALUES = {
     "unknown sampler": ("sampler: grid", "sampler: grdi", ["search.sampler", '"grdi"', "did you mean grid?"]),
     "unknown hyperparameter": ("penalty: l1", "penality: l1", ["search.space.penality", "did you mean penalty?"]),
     "unknown activation": ("activation: relu", "activation: rleu", ["search.space.activation", "rleu", "relu?"]),
-    "k with relu": ("penalty: l1", "penalty: l1\n    k: 8", ["search.space", "k belongs to activations topk and batchtopk"]),
+    "k with relu": (
+        "penalty: l1",
+        "penalty: l1\n    k: 8",
+        ["search.space", "k belongs to activations topk and batchtopk"],
+    ),
     "misspelt range": ("low: 1e-3", "lo: 1e-3", ["search.space.sparsity_coefficient.lo", "did you mean low?"]),
     "range with a word": ("low: 1e-3", "low: tiny", ["search.space.sparsity_coefficient.low", '"tiny"', "number"]),
     "range upside down": ("low: 1e-3", "low: 1", ["search.space.sparsity_coefficient", "1", "0.03"]),
