@@ -36,6 +36,7 @@ from qkmodel.data_order import sequences_per_epoch
 from qkmodel.dictionary import find_loss
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
 from qkmodel.model_description import ModelDescription, describe_model
+from qkmodel.products import forward_products
 
 # Larger packs share more, but report and adapt later: a search that learns from results wants them early.
 LARGEST_PACK = 8
@@ -161,6 +162,7 @@ class SweepPlan:
             seed=config.seed,
             validation_documents=config.corpus.validation_documents,
             dtype=config.activations.dtype,
+            products=forward_products(config.activations.dtype),
             d_model=self.model.d_model,
         )
 

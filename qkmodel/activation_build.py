@@ -1,9 +1,10 @@
 """Filling the activation cache: one forward pass for all layers that a request misses, and nothing twice."""
 
+import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,12 +199,13 @@ class _Build:
             if progress is not None:
                 progress(BuildProgress(tokens_done, tokens_total, time.monotonic() - start))
 
-        for shard in missing:
-            lacking = [layer for layer in layers if layer_part(layer) in shard.parts]
-            tokens = map_shard(self.folder / shard_path(TOKENS, shard.split, shard.index))
-            activations = _attention_inputs(model, tokens, lacking, DTYPES[self._manifest.key.dtype], report)
-            paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}
-            self._record({paths[layer]: self._write(paths[layer], activations[layer]) for layer in lacking})
+        with _own_threads() as threads:
+            for shard in missing:
+                lacking = [layer for layer in layers if layer_part(layer) in shard.parts]
+                tokens = map_shard(self.folder / shard_path(TOKENS, shard.split, shard.index))
+                activations = _attention_inputs(model, tokens, lacking, self._manifest.key, threads, report)
+                paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}
+                self._record({paths[layer]: self._write(paths[layer], activations[layer]) for layer in lacking})
 
     def _is_intact(self, path: str) -> bool:
         try:
@@ -226,22 +228,33 @@ class _Build:
         write_atomically(self.folder / MANIFEST, self._manifest.model_dump_json(indent=1).encode())
 
 
+@contextlib.contextmanager
+def _own_threads() -> Iterator[int]:
+    """Takes torch's threads away, for batches to be dealt to: the same bytes on any number, and none waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _attention_inputs(
     model: "LanguageModel",
     tokens: Int32[Tensor, "sequence context"],
     layers: list[int],
-    dtype: torch.dtype,
+    key: CacheKey,
+    threads: int,
     report: Callable[[int], None],
 ) -> dict[int, Float[Tensor, "sequence context d_model"]]:
     """One shard's activations at `layers`, by batches that start at the same sequences whatever is missing."""
-    batches: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for batch in tokens.split(_FORWARD_SEQUENCES):
-        with torch.no_grad():
-            inputs = model.attention_inputs(batch.long(), layers)
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    batches = [batch.long() for batch in tokens.split(_FORWARD_SEQUENCES)]
+    for inputs in model.attention_inputs_of_batches(batches, layers, DTYPES[key.products], threads):
         for layer in layers:
-            activations = inputs[layer].to("cpu", dtype)
+            activations = inputs[layer].to("cpu", DTYPES[key.dtype])
             if not activations.isfinite().all():
                 raise InputError(f"model: layer {layer} receives NaN or infinity on this corpus; no cache can be built")
-            batches[layer].append(activations)
-        report(batch.numel())
-    return {layer: torch.cat(batches[layer]) for layer in layers}
+            parts[layer].append(activations)
+        report(inputs[layers[0]][..., 0].numel())
+    return {layer: torch.cat(parts[layer]) for layer in layers}

@@ -41,7 +41,10 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 class CacheKey(Schema):
-    """Everything that decides what a cache's sequences and activations are; layers and counts may grow."""
+    """Everything that decides what a cache's sequences and activations are; layers and counts may grow.
+
+    `products` is the element type of the matrix products of the model's forward pass.
+    """
 
     weights_sha256: str
     tokenizer_sha256: str
@@ -51,6 +54,7 @@ class CacheKey(Schema):
     seed: int = Field(ge=0)
     validation_documents: float = Field(gt=0, lt=1)
     dtype: Literal["bfloat16", "float32"]
+    products: Literal["bfloat16", "float32"]
     d_model: int = Field(ge=1)
 
     @property

@@ -1,6 +1,9 @@
 """A language model behind transformer_lens' TransformerBridge, and the four things read from it."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import transformers
@@ -53,31 +56,63 @@ class LanguageModel:
         """Where the weights are and tokens are moved to."""
         return next(self.bridge.original_model.parameters()).device
 
-    @torch.no_grad()
     def capture(self, tokens: Int[Tensor, "batch context"], names: Sequence[str]) -> dict[str, Tensor]:
         """The tensors at the bridge's hooks `names`, given in the order in which the forward pass reaches them.
 
         The forward pass ends at the last of them.
         """
-        captured: dict[str, Tensor] = {}
-
-        def keep(tensor: Tensor, hook: object) -> None:
-            captured[hook.name] = tensor.clone()
-            if hook.name == names[-1]:
-                raise StopAtLayerException(tensor)
-
-        self.bridge.run_with_hooks(tokens.to(self.device), fwd_hooks=[(name, keep) for name in names], use_cache=False)
-        return captured
+        with self._capturing(names) as run:
+            return run(tokens)
 
     def attention_inputs(
         self, tokens: Int[Tensor, "batch context"], layers: Sequence[int]
     ) -> dict[int, Float[Tensor, "batch context d_model"]]:
         """For each of `layers` the tensor that its query and key projections receive: the normed residual stream.
 
-        One forward pass, which ends where the deepest of `layers` has received it.
+        One forward pass in float32, which ends where the deepest of `layers` has received it.
+        """
+        return next(self.attention_inputs_of_batches([tokens], layers, torch.float32))
+
+    def attention_inputs_of_batches(
+        self,
+        batches: Sequence[Int[Tensor, "batch context"]],
+        layers: Sequence[int],
+        products: torch.dtype,
+        threads: int = 1,
+    ) -> Iterator[dict[int, Float[Tensor, "batch context d_model"]]]:
+        """The attention inputs of many batches, in their order.
+
+        Matrix products are made in `products`; the residual stream stays float32. `threads` run different batches,
+        each with torch's own threads, of which one is best then: no result depends on how many there are.
         """
         names = {f"blocks.{layer}.attn.hook_in": layer for layer in sorted(layers)}
-        return {names[name]: x for name, x in self.capture(tokens, list(names)).items()}
+
+        def inputs(tokens: Int[Tensor, "batch context"]) -> dict[int, Float[Tensor, "batch context d_model"]]:
+            with torch.autocast(self.device.type, products, enabled=products != torch.float32):
+                return {names[name]: x for name, x in run(tokens).items()}
+
+        with self._capturing(list(names)) as run, ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(inputs, batches)
+
+    @contextlib.contextmanager
+    def _capturing(self, names: Sequence[str]) -> Iterator[Callable[[Tensor], dict[str, Tensor]]]:
+        """Hooks for the time of the context, and a function that any thread may run the model with."""
+        of_thread = threading.local()
+
+        def keep(tensor: Tensor, hook: object) -> None:
+            of_thread.captured[hook.name] = tensor.clone()
+            if hook.name == names[-1]:
+                raise StopAtLayerException(tensor)
+
+        @torch.no_grad()
+        def run(tokens: Int[Tensor, "batch context"]) -> dict[str, Tensor]:
+            of_thread.captured = {}
+            with contextlib.suppress(StopAtLayerException):
+                self.bridge(tokens.to(self.device), use_cache=False)
+            return of_thread.captured
+
+        with self.bridge.hooks(fwd_hooks=[(name, keep) for name in names]):
+            yield run
 
     def attention_pattern(
         self, tokens: Int[Tensor, "batch context"], layer: int

@@ -33,7 +33,7 @@ PLENTY = 10**12
 def key(**fields) -> CacheKey:
     known = dict(
         weights_sha256="w", tokenizer_sha256="t", corpus_sha256="c", bos=None, context=CONTEXT, seed=0,
-        validation_documents=0.1, dtype="bfloat16", d_model=D_MODEL,
+        validation_documents=0.1, dtype="bfloat16", products="float32", d_model=D_MODEL,
     )  # fmt: skip
     return CacheKey(**known | fields)
 
@@ -58,6 +58,10 @@ class SmallModel:
             if layer in layers:
                 inputs[layer] = x
         return inputs
+
+    def attention_inputs_of_batches(self, batches, layers, products, threads):
+        assert products == torch.float32
+        return (self.attention_inputs(batch, layers) for batch in batches)
 
 
 class SmallCorpus:
@@ -272,7 +276,7 @@ def test_what_a_cache_cannot_serve_is_named(tmp_path):
 def test_every_field_of_the_key_names_another_folder():
     others = dict(
         weights_sha256="x", tokenizer_sha256="x", corpus_sha256="x", bos="none", context=7, seed=1,
-        validation_documents=0.2, dtype="float32", d_model=8,
+        validation_documents=0.2, dtype="float32", products="bfloat16", d_model=8,
     )  # fmt: skip
     assert others.keys() == CacheKey.model_fields.keys()
     names = {key(**{field: value}).folder_name for field, value in others.items()}

@@ -152,3 +152,21 @@ def test_the_converted_smollm2_equals_transformers_own_gguf_loading() -> None:
         loss = expected(tokens, labels=tokens).loss.item()
     total, count = model.cross_entropy(tokens)
     assert total / count == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_batches_on_threads_are_the_batches_one_by_one(products: torch.dtype) -> None:
+    model, threads = wrap(random_hf_model(CONFIGS["llama3"])), torch.get_num_threads()
+    batches = list(torch.randint(VOCABULARY, (12, 2, 9), generator=torch.Generator().manual_seed(0)))
+    torch.set_num_threads(1)
+    try:
+        together = list(model.attention_inputs_of_batches(batches, [0, 2], products, threads=4))
+        alone = [next(model.attention_inputs_of_batches([batch], [0, 2], products)) for batch in batches]
+    finally:
+        torch.set_num_threads(threads)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.keys() == theirs.keys() == {0, 2}
+        assert all(torch.equal(ours[layer], theirs[layer]) for layer in ours)
+    exact = model.attention_inputs(batches[0], [2])[2]
+    error = (together[0][2] - exact).norm() / exact.norm()
+    assert error == 0 if products == torch.float32 else 0 < error < 0.02

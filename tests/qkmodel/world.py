@@ -52,6 +52,7 @@ def make_world(folder: Path, family: str = "llama3") -> SmallWorld:
             seed=0,
             validation_documents=0.5,
             dtype="bfloat16",
+            products="bfloat16",
             d_model=model.description.d_model,
         ),
         layers=[LAYER],
