@@ -82,8 +82,13 @@ class Training:
 
     @property
     def label(self) -> str:
-        """A name for people: `L08 topk16 d1024 lr3e-3 s0`, `L04 relu-l1 d512 λ1e-3 lr3e-3 s0`."""
+        """A name for people: `L08 topk16 d1024 lr3e-3 s0`, `L04 relu-l1 d512 λ1e-3 lr3e-3 s0`.
+
+        What the key side has of its own stands behind a slash: `L08 topk16/8 d1024/512 lr3e-3 s0`.
+        """
         values = {name: _short(value) for name, value in self.hyperparameters.items() if value is not None}
+        for name in [name for name in values if name.startswith("key_")]:
+            values[name.removeprefix("key_")] += f"/{values.pop(name)}"
         parts = [f"L{self.layer:02d}", f"{self.family}{values.get('k', '')}"]
         for symbol, name in _SYMBOLS.items():
             if name in values:
@@ -91,7 +96,7 @@ class Training:
         return " ".join(parts)
 
 
-_SYMBOLS = {"d": "dictionary_size", "λ": "sparsity_coefficient", "lr": "learning_rate", "s": "seed"}
+_SYMBOLS = {"d": "dictionary_size", "λ": "sparsity_coefficient", "l0=": "target_l0", "lr": "learning_rate", "s": "seed"}
 
 
 def _short(value: Any) -> str:

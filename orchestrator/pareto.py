@@ -31,8 +31,9 @@ def front(points: Sequence[Point]) -> list[int]:
 
 
 def l0_cap(training: Training) -> float:
-    """The largest l0 that is still called sparse."""
-    return MAX_L0_SHARE * training.hyperparameters["dictionary_size"]
+    """The largest l0 that is still called sparse: a quarter of the dictionary, of both sides' mean size like l0."""
+    size = training.hyperparameters["dictionary_size"]
+    return MAX_L0_SHARE * (size + (training.hyperparameters.get("key_dictionary_size") or size)) / 2
 
 
 def feasible(training: Training) -> bool:

@@ -275,6 +275,11 @@ os.kill(os.getpid(), signal.SIGKILL)
             },
             "L08 relu-l1 d1024 λ3.25e-3 lr1e-2 s2",
         ),
+        (HYPERPARAMETERS | {"key_dictionary_size": 256, "key_k": 8}, "L08 topk16/8 d512/256 lr3e-3 s0"),
+        (
+            {"dictionary_size": 64, "activation": "jumprelu", "target_l0": 16.0, "learning_rate": 0.01, "seed": 0},
+            "L08 jumprelu d64 l0=16 lr1e-2 s0",
+        ),
     ],
 )
 def test_label(ledger: Ledger, hyperparameters: dict, label: str) -> None:

@@ -1,0 +1,96 @@
+"""The sparse way of running a transcoder against the dense one, and what each activation keeps."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qkmodel.sparsity import Activation, BatchTopK, TopK
+from qkmodel.transcode import CentredInputs, infer, transcode
+from qkmodel.transcoder import Transcoder
+
+CONTEXT, D_MODEL, D_OUT = 6, 10, 7
+
+
+def random_transcoder(features: int, activation: Activation, seed: int = 0) -> Transcoder:
+    generator = torch.Generator().manual_seed(seed)
+    transcoder = Transcoder(features, torch.randn(D_MODEL, generator=generator), torch.zeros(D_OUT), activation)
+    for parameter in transcoder.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return transcoder
+
+
+def inputs(batch: int, dtype: torch.dtype, seed: int = 1) -> CentredInputs:
+    x = torch.randn(batch * CONTEXT, D_MODEL, generator=torch.Generator().manual_seed(seed))
+    return CentredInputs(x, x.to(dtype), CONTEXT)
+
+
+def densely(transcoder: Transcoder, given: CentredInputs) -> tuple[Tensor, Tensor]:
+    """(y, f) by autograd through every feature."""
+    pre = torch.nn.functional.linear(given.x, transcoder.W_enc, transcoder.b_enc).unflatten(0, (-1, CONTEXT))
+    f = transcoder.activation.training_forward(pre)
+    return f.flatten(0, 1) @ transcoder.W_dec + transcoder.b_out, f
+
+
+@pytest.mark.parametrize("activation", [TopK, BatchTopK])
+@pytest.mark.parametrize("features", [48, 64, 200])
+def test_sparse_equals_dense_in_values_and_gradients(activation: type, features: int) -> None:
+    sparse, dense = (random_transcoder(features, activation(3)) for _ in range(2))
+    given = inputs(4, torch.float32)
+    side = transcode(sparse, given)
+    assert side.f is None, "the dense way was taken"
+    y, f = densely(dense, given)
+    torch.testing.assert_close(side.y, y, rtol=1e-4, atol=1e-4)
+    assert side.active == (f[:, 1:] > 0).sum()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    (side.y * weights).sum().backward()
+    (y * weights).sum().backward()
+    for (name, ours), theirs in zip(sparse.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+    if activation is BatchTopK:
+        torch.testing.assert_close(sparse.activation.threshold, dense.activation.threshold, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [TopK, BatchTopK])
+def test_rounded_products_choose_features_but_do_not_round_them(activation: type) -> None:
+    transcoder, given = random_transcoder(64, activation(3)), inputs(8, torch.bfloat16)
+    y, exact = transcode(transcoder, given).y, densely(transcoder, given)[0]
+    # tokens whose choice is the same agree to float32
+    same = (y - exact).abs().amax(-1) < 1e-4
+    assert same.double().mean() > 0.8 and (y - exact).norm() < 0.2 * exact.norm()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), batch=st.integers(1, 4), k=st.integers(1, 4), features=st.integers(64, 90))
+def test_batchtopk_keeps_the_largest_of_the_batch(seed: int, batch: int, k: int, features: int) -> None:
+    transcoder = random_transcoder(features, BatchTopK(k), seed)
+    given = inputs(batch, torch.float32, seed + 1)
+    pre = torch.nn.functional.linear(given.x, transcoder.W_enc, transcoder.b_enc).unflatten(0, (-1, CONTEXT))
+    counted = sorted(pre[:, 1:].flatten().tolist(), reverse=True)
+    budget = k * batch * (CONTEXT - 1)
+    side = transcode(transcoder, given)
+    assert side.active == sum(value > 0 for value in counted[:budget])
+    assert transcoder.activation.threshold.item() == pytest.approx(counted[budget - 1], rel=1e-4)
+
+
+def test_batchtopks_threshold_follows_the_batches_and_decides_alone_at_the_end() -> None:
+    transcoder = random_transcoder(64, BatchTopK(3))
+    smallest = []
+    for seed in range(3):
+        before = transcoder.activation.threshold.item()
+        transcode(transcoder, inputs(4, torch.float32, seed))
+        smallest.append(transcoder.activation.threshold.item() - before)
+    assert smallest[0] > 0 and abs(smallest[1]) < 0.1 * smallest[0]
+    pre = torch.tensor([[transcoder.activation.threshold.item() * scale for scale in (0.9, 1.1, -5.0)]])
+    assert (transcoder.activation(pre) > 0).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("activation", [TopK(3), BatchTopK(3), TopK(40)])
+def test_inference_is_the_dictionary_itself(activation: Activation) -> None:
+    transcoder = random_transcoder(64, activation)
+    transcode(transcoder, inputs(4, torch.float32))
+    x = torch.randn(2, CONTEXT, D_MODEL, generator=torch.Generator().manual_seed(5))
+    y, counts = infer(transcoder, x)
+    torch.testing.assert_close(y, transcoder(x).detach(), rtol=1e-4, atol=1e-4)
+    assert counts.tolist() == (transcoder.encode(x)[:, 1:] > 0).sum((0, 1)).tolist()
