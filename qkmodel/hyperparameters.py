@@ -28,7 +28,8 @@ class Hyperparameters(Schema):
     """One training's hyperparameters.
 
     `k` (features kept per token) belongs to `topk` and `batchtopk`; `penalty` to `relu`; `sparsity_coefficient` (λ of
-    the loss), or `target_l0` instead (active features per token that λ is steered to), to `relu` and `jumprelu`.
+    the loss) to `relu` and `jumprelu`, in place of which `relu` takes `target_l0` (active features per token that λ is
+    steered to).
     `dictionary_size`, `k`, `sparsity_coefficient` and `target_l0` hold for both sides, unless `key_…` gives the key
     side its own. `seed` moves the initialisation only; the order of the data depends on the sweep's seed.
     """
@@ -99,9 +100,12 @@ class Hyperparameters(Schema):
                 if self.activation == "relu"
                 else "activation jumprelu takes no penalty: it counts active features itself"
             )
+        if self.activation == "jumprelu" and self._given("target_l0"):
+            raise ValueError("target_l0 belongs to activation relu; jumprelu takes sparsity_coefficient")
         if (self.sparsity_coefficient is None) == (self.target_l0 is None):
             raise ValueError(
-                f"activation {self.activation} needs sparsity_coefficient, or target_l0 instead"
+                f"activation {self.activation} needs sparsity_coefficient"
+                + (", or target_l0 instead" if self.activation == "relu" else "")
                 if self.target_l0 is None
                 else "sparsity_coefficient and target_l0 exclude each other; keep one"
             )

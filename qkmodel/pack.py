@@ -126,7 +126,7 @@ class PackTrainer:
 class CheckpointHeader(Schema):
     """What a checkpoint says of itself."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     training_id: str
     steps_done: int = Field(ge=0)
 

@@ -16,7 +16,7 @@ TANH_SLOPE = 4.0
 # Width of JumpReLU's straight-through window, in log units of the threshold.
 JUMP_BANDWIDTH = 0.5
 # Weight of JumpReLU's pre-activation term beside its L0 term.
-PRE_ACTIVATION_WEIGHT = 1e-3
+PRE_ACTIVATION_WEIGHT = 3e-6
 # How fast BatchTopK's inference threshold follows the batches.
 THRESHOLD_RATE = 0.02
 # Where the exponent of p-annealing ends.

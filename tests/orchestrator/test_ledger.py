@@ -277,8 +277,15 @@ os.kill(os.getpid(), signal.SIGKILL)
         ),
         (HYPERPARAMETERS | {"key_dictionary_size": 256, "key_k": 8}, "L08 topk16/8 d512/256 lr3e-3 s0"),
         (
-            {"dictionary_size": 64, "activation": "jumprelu", "target_l0": 16.0, "learning_rate": 0.01, "seed": 0},
-            "L08 jumprelu d64 l0=16 lr1e-2 s0",
+            {
+                "dictionary_size": 64,
+                "activation": "relu",
+                "penalty": "tanh",
+                "target_l0": 16.0,
+                "learning_rate": 0.01,
+                "seed": 0,
+            },
+            "L08 relu-tanh d64 l0=16 lr1e-2 s0",
         ),
     ],
 )

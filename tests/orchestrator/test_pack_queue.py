@@ -415,10 +415,10 @@ def test_a_checkpoint_of_another_version_is_refused_and_left_alone(tmp_path: Pat
     (one,) = ids(order)
     path = checkpoint_path(tmp_path, one)
     path.parent.mkdir(exist_ok=True)
-    newer = CheckpointHeader.model_construct(format=2, training_id=one, steps_done=4)
+    newer = CheckpointHeader.model_construct(format=3, training_id=one, steps_done=4)
     write_tensor_file(path, newer, small_member().state_tensors())
     driver.queue.end(order.pack_id, "its worker died")
-    with pytest.raises(InputError, match="format 2; this version reads format 1"):
+    with pytest.raises(InputError, match="format 3; this version reads format 2"):
         driver.queue.next_pack()
     assert path.exists()
 

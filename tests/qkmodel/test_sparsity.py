@@ -101,6 +101,7 @@ def test_annealing_ends_up_caring_about_how_many_rather_than_how_much() -> None:
         ({"activation": "relu", "penalty": "l1", "target_l0": 3, "key_sparsity_coefficient": 1.0}, "needs sparsity"),
         ({"activation": "jumprelu", "penalty": "l1", "sparsity_coefficient": 1.0}, "takes no penalty"),
         ({"activation": "jumprelu", "sparsity_coefficient": 1.0, "key_k": 2}, "k belongs to"),
+        ({"activation": "jumprelu", "target_l0": 4}, "target_l0 belongs to activation relu"),
     ],
 )
 def test_what_does_not_go_together_is_refused(fields: dict, message: str) -> None:

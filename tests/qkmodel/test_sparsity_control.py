@@ -38,7 +38,7 @@ def test_a_target_is_reached_whatever_the_slope_and_lag(
 
 def test_the_last_tenth_keeps_the_coefficient() -> None:
     one = coefficient(target_l0=10)
-    one.observe(500.0, 0.89)
+    one.observe(500.0, 0.5)
     before = one.value.item()
     one.observe(500.0, 0.9)
     assert before > 1e-2 and one.value.item() == before
