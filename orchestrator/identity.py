@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.search.space import canonical
 from qkmodel.configs import CorpusConfig, TrainingConfig
 
-IDENTITY_FORMAT = 1
+IDENTITY_FORMAT = 2
 
 
 def study_identity(

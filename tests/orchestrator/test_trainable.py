@@ -72,7 +72,7 @@ def test_eight_reports_then_a_dictionary(world: SmallWorld, tmp_path: Path) -> N
     assert len(answers) == 8
     assert [answer["a"].tokens for answer in answers] == [STEPS // 8 * 4 * 12 * n for n in range(1, 9)]
     assert all(answer.keys() == {"a", "b"} for answer in answers)
-    assert answers[0]["a"].metrics.keys() == {"loss", "train_kl", "kl", "kl_recovered", "l0"}
+    assert answers[0]["a"].metrics.keys() == {"loss", "train_kl", "train_l0", "kl", "kl_recovered", "l0"}
     assert answers[0]["a"].dictionary is None
     final = answers[-1]["a"]
     dictionary = load_dictionary(tmp_path / final.dictionary, final.dictionary_sha256)
