@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger, Training
 from orchestrator.pack_order import MemberOrder, MemberReport, PackOrder, checkpoint_path
@@ -17,6 +19,7 @@ from orchestrator.search.study import Past, StudySearch
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import checkpoint_steps
+from qkmodel.products import product_dtype
 from qkmodel.tensor_file import UnknownFormat
 
 MAX_ATTEMPTS = 3
@@ -91,8 +94,7 @@ class PackQueue:
         for training in members:
             self._attempts[training.training_id] += 1
             self._steps.pop(training.training_id, None)
-            machine = {"threads": order.threads, "device": "cpu", "node": platform.node(), "torch": version("torch")}
-            self._ledger.start(training.training_id, order.pack_id, machine)
+            self._ledger.start(training.training_id, order.pack_id, _machine(order))
         self._running[order.pack_id] = order
         return order
 
@@ -198,6 +200,18 @@ class PackQueue:
     @staticmethod
     def _tell_finished(study: StudyWork, training: Training) -> None:
         study.search.tell(training.hyperparameters, _values(training), feasible(training))
+
+
+def _machine(order: PackOrder) -> dict[str, int | str]:
+    """What a training ran on, and what its settings came to there."""
+    products = product_dtype(order.training.precision, torch.device("cpu"))
+    return {
+        "threads": order.threads,
+        "device": "cpu",
+        "products": str(products).removeprefix("torch."),
+        "node": platform.node(),
+        "torch": version("torch"),
+    }
 
 
 def history(trainings: Sequence[Training], wanted: Collection[str]) -> list[Past]:

@@ -174,6 +174,7 @@ def test_a_pack_that_was_handed_out_is_running_in_the_ledger(tmp_path: Path) -> 
         (order.pack_id, 1, TOKENS)
     }
     assert {training.machine["threads"] for training in running} == {2}
+    assert {training.machine["products"] for training in running} <= {"float32", "bfloat16"}
     # what nobody has asked for yet is not recorded either
     assert driver.states() == {"running": 3}
 
