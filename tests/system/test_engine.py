@@ -15,6 +15,7 @@ from qkmodel.evaluation import evaluate
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.language_model import LanguageModel, load_language_model
 from qkmodel.pack import PackTrainer
+from qkmodel.products import forward_products
 from qkmodel.reference import LayerReference, ensure_reference
 
 pytestmark = pytest.mark.system
@@ -44,7 +45,7 @@ class Prepared:
         return evaluate(transcoders, self.layer, self.cache, self.reference, VALIDATION, threads=2)
 
 
-def prepare(folder: Path, model: LanguageModel, products: str) -> Prepared:
+def prepare(folder: Path, model: LanguageModel) -> Prepared:
     key = CacheKey(
         weights_sha256=model.description.weights_sha256,
         tokenizer_sha256=model.description.tokenizer_sha256,
@@ -54,7 +55,7 @@ def prepare(folder: Path, model: LanguageModel, products: str) -> Prepared:
         seed=0,
         validation_documents=CORPUS.validation_documents,
         dtype="bfloat16",
-        products=products,
+        products=forward_products("bfloat16"),
         d_model=model.description.d_model,
     )
     cache = build_activation_cache(
@@ -80,7 +81,7 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, model: LanguageModel) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("activations"), model, "bfloat16")
+    return prepare(tmp_path_factory.mktemp("activations"), model)
 
 
 def test_bfloat16_products_end_where_float32_ends(prepared: Prepared) -> None:
@@ -90,7 +91,7 @@ def test_bfloat16_products_end_where_float32_ends(prepared: Prepared) -> None:
         assert ours["kl"] == pytest.approx(theirs["kl"], rel=0.02)
 
 
-def test_a_forward_pass_in_bfloat16_stays_within_its_stated_tolerance(prepared: Prepared) -> None:
+def test_cached_activations_stay_within_their_stated_tolerance(prepared: Prepared) -> None:
     assert 0 < prepared.reference.kl_cache < 1e-3 * prepared.reference.kl_baseline
 
 
