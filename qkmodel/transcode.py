@@ -25,7 +25,7 @@ from qkmodel.products import linear
 from qkmodel.sparsity import BatchTopK, TopK
 from qkmodel.transcoder import Transcoder
 
-# Above this share of active features a dense product is quicker than picking them out (measured, bfloat16).
+# Up to this share of active features they are picked out: that costs in proportion to them, a dense product does not.
 SPARSE_SHARE = 1 / 16
 
 

@@ -23,16 +23,7 @@ def choose_largest(bits, k, starts, features):
         row = bits[token : token + 1]
         threshold = _kth_largest(row, k, 0)
         spare = k - _count_from(row, threshold + bits.dtype.type(1), 0)
-        place = starts[token]
-        for j in range(bits.shape[1]):
-            if bits[token, j] >= threshold:
-                if bits[token, j] == threshold:
-                    if spare <= 0:
-                        continue
-                    spare -= 1
-                features[place] = j
-                place += 1
-        starts[token + 1] = place
+        starts[token + 1], _ = _keep(bits[token], threshold, spare, starts[token], features)
 
 
 @kernel
@@ -46,16 +37,27 @@ def choose_largest_of_batch(bits, context, budget, starts, features):
     threshold = _kth_largest(bits, budget, context)
     spare = budget - _count_from(bits, threshold + bits.dtype.type(1), context)
     for token in range(bits.shape[0]):
-        place = starts[token]
-        for j in range(bits.shape[1]):
-            if bits[token, j] >= threshold:
-                if bits[token, j] == threshold and token % context != 0:
-                    if spare <= 0:
-                        continue
-                    spare -= 1
-                features[place] = j
-                place += 1
-        starts[token + 1] = place
+        if token % context == 0:
+            starts[token + 1], _ = _keep(bits[token], threshold, bits.shape[1], starts[token], features)
+        else:
+            starts[token + 1], spare = _keep(bits[token], threshold, spare, starts[token], features)
+
+
+@kernel
+def _keep(bits, threshold, spare, place, features):
+    """Writes the features above `threshold`, and at most `spare` equal to it, from `place` on.
+
+    Returns the place after the last of them and how many equal ones may still follow.
+    """
+    for j in range(bits.size):
+        if bits[j] >= threshold:
+            if bits[j] == threshold:
+                if spare <= 0:
+                    continue
+                spare -= 1
+            features[place] = j
+            place += 1
+    return place, spare
 
 
 @kernel

@@ -27,6 +27,7 @@ from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.member import Member
 from qkmodel.pack import CheckpointHeader, checkpoint_steps, save_checkpoint
+from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 from qkmodel.tensor_file import write_tensor_file
 from tests.qkmodel.layers import random_layer
@@ -174,7 +175,9 @@ def test_a_pack_that_was_handed_out_is_running_in_the_ledger(tmp_path: Path) -> 
         (order.pack_id, 1, TOKENS)
     }
     assert {training.machine["threads"] for training in running} == {2}
-    assert {training.machine["products"] for training in running} <= {"float32", "bfloat16"}
+    assert {training.machine["products"] for training in running} == {
+        str(product_dtype(order.training.precision, torch.device("cpu"))).removeprefix("torch.")
+    }
     # what nobody has asked for yet is not recorded either
     assert driver.states() == {"running": 3}
 

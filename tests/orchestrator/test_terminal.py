@@ -18,13 +18,13 @@ def test_speed_is_that_of_the_last_minutes(tmp_path: Path, monkeypatch: pytest.M
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.open_study(plan.studies[0].study_id, "transcoder", 1, {}, model="m", corpus="c")
     ledger.add_training(plan.studies[0].study_id, "one", POINT, 4096)
-    now = 1000.0
-    monkeypatch.setattr("orchestrator.terminal.time.monotonic", lambda: now)
+    clock = [1000.0]
+    monkeypatch.setattr("orchestrator.terminal.time.monotonic", lambda: clock[0])
     progress = LiveProgress(plan, ledger)
     assert progress.rate() == "measuring speed"
     said = []
     # a slow quarter of an hour, then a fast minute
-    for now, tokens in [(1100.0, 100), (1800.0, 800), (1900.0, 900), (1930.0, 1500), (1960.0, 2100)]:  # noqa: B007
+    for clock[0], tokens in [(1100.0, 100), (1800.0, 800), (1900.0, 900), (1930.0, 1500), (1960.0, 2100)]:
         ledger.report("one", tokens, {}, seconds=1.0)
         said.append(progress.rate())
     assert said[0] == "100 of 16,384 training-tokens, 1/s, about 4 h 31 min left"
