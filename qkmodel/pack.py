@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
@@ -55,16 +56,17 @@ def shared_batch(x: torch.Tensor, layer: AttentionLayer, reference: LayerReferen
 
 
 class PackTrainer:
-    """Trains members in lockstep; `tokens_done` counts the tokens that each member has seen.
+    """Trains members in lockstep on the layer's device; `tokens_done` counts the tokens that each member has seen.
 
-    `threads` step different members at once; more threads than members stay idle.
+    `threads` step different members at once; more threads than members stay idle. `members` may be taken out of the
+    list between two calls of `train`, and cost nothing from then on.
     """
 
     def __init__(
         self,
         members: Sequence[Hyperparameters],
         layer: AttentionLayer,
-        cache: ActivationCache,
+        cache: ActivationCache | StreamedActivations,
         reference: LayerReference,
         training: TrainingConfig,
         seed: int,
@@ -119,7 +121,7 @@ class PackTrainer:
     def _shared_batch(self, step: int) -> SharedBatch:
         available = sequences_per_epoch(self.training, self.cache.context, self.cache.train_sequences_available)
         numbers = batch_sequences(step, self.training.batch_sequences, available, self.seed)
-        x = self.cache.read(self.layer.geometry.layer, "train", numbers)
+        x = self.cache.read(self.layer.geometry.layer, "train", numbers).to(self.layer.w_q.device)
         return shared_batch(x, self.layer, self.reference, self.dtype)
 
 

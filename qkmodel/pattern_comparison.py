@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
-from qkmodel.kernels.pattern_comparison_cpu import FIRST_NO_BOS_ROW, RowSums, add_rows
+from qkmodel.kernels import pattern_comparison_cpu, pattern_comparison_plain
+from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_cpu import Keys, Queries, TruePattern
 from qkmodel.pattern_kl import true_pattern
 
@@ -34,7 +35,7 @@ def validation_batches(cache: ActivationCache, layer: AttentionLayer, sequences:
     """The first `sequences` validation sequences in batches of `EVALUATION_BATCH`."""
     for start in range(0, sequences, EVALUATION_BATCH):
         numbers = range(start, min(start + EVALUATION_BATCH, sequences))
-        x = cache.read(layer.geometry.layer, "validation", list(numbers))
+        x = cache.read(layer.geometry.layer, "validation", list(numbers)).to(layer.w_q.device)
         yield TrueBatch(x, true_pattern(layer, *layer.project(x), torch.float32))
 
 
@@ -48,7 +49,10 @@ class PatternComparison:
 
     def add(self, true: TrueBatch, q_hat: Queries, k_hat: Keys) -> None:
         """Takes in a batch of reconstructed queries and keys (before rotary)."""
-        add_rows(q_hat, k_hat, true.pattern, self._sums)
+        if q_hat.device.type == "cpu":
+            pattern_comparison_cpu.add_rows(q_hat, k_hat, true.pattern, self._sums)
+        else:
+            pattern_comparison_plain.add_rows(q_hat, k_hat, true.pattern.layer, true.x, self._sums)
         batch, context, n_heads, _ = q_hat.shape
         self._rows_per_head += batch * context
         self._no_bos_rows += batch * n_heads * max(0, context - FIRST_NO_BOS_ROW)

@@ -100,11 +100,11 @@ def ensure_reference(
     return attention, reference
 
 
-def load_reference(path: Path) -> tuple[AttentionLayer, LayerReference]:
+def load_reference(path: Path, device: torch.device | str = "cpu") -> tuple[AttentionLayer, LayerReference]:
     """Reads what `ensure_reference` stored. Raises as `read_tensor_file`."""
     header, tensors = read_tensor_file(path, ReferenceHeader)
-    means = {name: tensors.pop(name) for name in MEANS}
-    weights = {name.removeprefix("attention."): value for name, value in tensors.items()}
+    means = {name: tensors.pop(name).to(device) for name in MEANS}
+    weights = {name.removeprefix("attention."): value.to(device) for name, value in tensors.items()}
     attention = AttentionLayer.from_tensors(header.geometry, weights)
     return attention, LayerReference(**means, **header.figures)
 

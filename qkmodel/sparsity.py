@@ -172,7 +172,7 @@ class AnnealedPenalty(Penalty):
         if exponent != self.exponent:
             with torch.no_grad():
                 before = self._sum(scaled, self.exponent)
-                self.c.mul_(torch.where(omega > 0, before / omega.clamp(min=1e-12), 1.0))
+                self.c.mul_(torch.where(omega > 0, before / omega.clamp(min=1e-12), 1.0).to(self.c.device))
                 self.exponent.copy_(exponent)
         return self.c * omega
 

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkmodel.hyperparameters import SideHyperparameters
 
@@ -33,11 +33,11 @@ class Coefficient(nn.Module):
         self.register_buffer("means", torch.full((2,), math.log(side.dictionary_size / 2), dtype=torch.float64))
         self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
 
-    def observe(self, l0: float, progress: float) -> None:
+    def observe(self, l0: Tensor | float, progress: float) -> None:
         """Takes in one batch's active features per token; `progress` is the share of the training that is done."""
         if self.target is None:
             return
-        log_l0 = math.log(max(l0, 1e-3))
+        log_l0 = math.log(max(float(l0), 1e-3))
         self.means.add_(torch.tensor((FAST, SLOW), dtype=torch.float64) * (log_l0 - self.means))
         fast, slow = self.means.tolist()
         if progress < 0.9:

@@ -26,6 +26,7 @@ class _Record(Schema, Generic[Header]):
 
 def write_tensor_file(path: Path, header: Schema, tensors: dict[str, Tensor]) -> None:
     """Writes tensors (any shapes), a header and the tensors' SHA-256, atomically; equal content is equal bytes."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     # One metadata key: safetensors writes several in an order that changes from process to process.
     record = _Record[type(header)](header=header, sha256=_sha256(tensors))
     write_atomically(path, save(tensors, {_RECORD: record.model_dump_json()}))
@@ -80,5 +81,5 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().contiguous().numpy().tobytes())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()

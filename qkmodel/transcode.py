@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from qkmodel.kernels.numerics_cpu import as_array
@@ -19,9 +19,10 @@ from qkmodel.kernels.sparse_cpu import (
     count_fired,
     decode_chosen,
     encode_chosen,
+    keep_largest,
     tally,
 )
-from qkmodel.products import linear
+from qkmodel.products import linear, product_dtype
 from qkmodel.sparsity import BatchTopK, TopK
 from qkmodel.transcoder import Transcoder
 
@@ -43,13 +44,13 @@ class Side:
     """What one side made of a batch.
 
     `pre` and `f` carry gradients; they are None on the sparse way, whose activations have no penalty to feed.
-    `active` counts active features, position 0 left out.
+    `active` counts active features, position 0 left out; a tensor where counting would wait for a GPU.
     """
 
     y: Float[Tensor, "tokens d_out"]
     pre: Float[Tensor, "batch context features"] | None
     f: Float[Tensor, "batch context features"] | None
-    active: int
+    active: Int64[Tensor, ""] | int
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def transcode(transcoder: Transcoder, inputs: CentredInputs) -> Side:
     pre = pre.unflatten(0, (-1, inputs.context))
     f = activation.training_forward(pre)
     y = linear(f.flatten(0, 1), transcoder.W_dec.mT, dtype) + transcoder.b_out
-    return Side(y, pre, f, int((f.detach()[:, 1:] > 0).sum()))
+    return Side(y, pre, f, (f.detach()[:, 1:] > 0).sum())
 
 
 @torch.no_grad()
@@ -83,10 +84,13 @@ def infer(
     The same as calling it, up to rounding. Position 0 does not count as activity.
     """
     centred = (x - transcoder.b_pre).flatten(0, 1)
-    inputs = CentredInputs(centred, centred, x.shape[1])
+    inputs = CentredInputs(centred, centred.to(product_dtype("auto", x.device)), x.shape[1])
     counts = np.zeros(transcoder.features, np.int64)
     if isinstance(transcoder.activation, TopK) and _is_sparse(transcoder, inputs):
-        code = _encode(transcoder, transcoder.activation, inputs)
+        k = transcoder.activation.k
+        # rounded products choose twice as many as wanted, and exact ones among these
+        code = _encode_largest(transcoder, inputs, min(2 * k, transcoder.features))
+        keep_largest(k, code.starts, code.values)
         count_fired(inputs.context, code.starts, code.features, code.values, counts)
         y = torch.empty(len(centred), len(transcoder.b_out))
         w_dec, b_out = as_array(transcoder.W_dec), as_array(transcoder.b_out)
@@ -103,7 +107,10 @@ def _is_sparse(transcoder: Transcoder, inputs: CentredInputs) -> bool:
 
 
 def _transcode_sparsely(transcoder: Transcoder, activation: TopK | BatchTopK, inputs: CentredInputs) -> Side:
-    code = _encode(transcoder, activation, inputs)
+    if isinstance(activation, TopK):
+        code = _encode_largest(transcoder, inputs, activation.k)
+    else:
+        code = _encode_largest_of_batch(transcoder, activation, inputs)
     y = _SparseTranscoder.apply(transcoder.W_enc, transcoder.b_enc, transcoder.W_dec, transcoder.b_out, inputs.x, code)
     active, smallest = tally(inputs.context, code.starts, code.values)
     if isinstance(activation, BatchTopK):
@@ -111,21 +118,31 @@ def _transcode_sparsely(transcoder: Transcoder, activation: TopK | BatchTopK, in
     return Side(y, None, None, active)
 
 
+def _encode_largest(transcoder: Transcoder, inputs: CentredInputs, count: int) -> Code:
+    """The `count` largest features of each token."""
+    bits = _pre_activation_bits(transcoder, inputs)
+    starts, features = np.empty(len(bits) + 1, np.int64), np.empty(len(bits) * count, np.int32)
+    choose_largest(bits, count, starts, features)
+    return _with_values(transcoder, inputs, starts, features)
+
+
+def _encode_largest_of_batch(transcoder: Transcoder, activation: BatchTopK, inputs: CentredInputs) -> Code:
+    bits = _pre_activation_bits(transcoder, inputs)
+    batch = len(bits) // inputs.context
+    budget = activation.budget(batch, inputs.context)
+    starts, features = np.empty(len(bits) + 1, np.int64), np.empty(budget + batch * bits.shape[1], np.int32)
+    choose_largest_of_batch(bits, inputs.context, budget, starts, features)
+    return _with_values(transcoder, inputs, starts, features)
+
+
 @torch.no_grad()
-def _encode(transcoder: Transcoder, activation: TopK | BatchTopK, inputs: CentredInputs) -> Code:
+def _pre_activation_bits(transcoder: Transcoder, inputs: CentredInputs) -> np.ndarray:
     dtype = inputs.rounded.dtype
     pre = torch.nn.functional.linear(inputs.rounded, transcoder.W_enc.to(dtype), transcoder.b_enc.to(dtype))
-    bits = pre.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
-    tokens, width = pre.shape
-    starts = np.empty(tokens + 1, np.int64)
-    if isinstance(activation, TopK):
-        features = np.empty(tokens * activation.k, np.int32)
-        choose_largest(bits, activation.k, starts, features)
-    else:
-        batch = tokens // inputs.context
-        budget = activation.budget(batch, inputs.context)
-        features = np.empty(budget + batch * width, np.int32)
-        choose_largest_of_batch(bits, inputs.context, budget, starts, features)
+    return pre.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
+
+
+def _with_values(transcoder: Transcoder, inputs: CentredInputs, starts: np.ndarray, features: np.ndarray) -> Code:
     features = features[: starts[-1]]
     values = np.empty(len(features), np.float32)
     encode_chosen(as_array(inputs.x), as_array(transcoder.W_enc), as_array(transcoder.b_enc), starts, features, values)

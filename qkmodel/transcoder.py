@@ -104,7 +104,7 @@ def initialise_qk_transcoder(
     where one does. `b_out` is the mean query (key). JumpReLU's thresholds start at `input_rms`, about a
     standard deviation of the pre-activations.
     """
-    transcoder = empty_qk_transcoder(hyperparameters, layer)
+    transcoder = empty_qk_transcoder(hyperparameters, layer).to(mean_input.device)
     generator = torch.Generator().manual_seed(hyperparameters.seed)
     for side, index, mean_output in ((transcoder.query, 0, mean_query), (transcoder.key, 1, mean_key)):
         encoder, decoder = _rows_of_projection(layer, index, mean_input, side.features, generator)
@@ -126,7 +126,8 @@ def _rows_of_projection(
 
     at = mean_input.repeat(1, features, 1)
     output, pull_back = vjp(project, at)
-    cotangents = torch.randn(output.shape, generator=generator)
+    # numbers from the CPU, so that a seed means the same everywhere
+    cotangents = torch.randn(output.shape, generator=generator).to(output.device)
     (rows,) = pull_back(cotangents)
     encoder = nn.functional.normalize(rows, dim=-1)
     _, decoder = jvp(project, (at,), (encoder,))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from qkmodel.kernels.numerics_cpu import as_array, exponential, kernel
+from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_cpu import (
     Keys,
     Queries,
@@ -17,22 +18,6 @@ from qkmodel.kernels.pattern_kl_cpu import (
     soft_cap_differences,
 )
 from qkmodel.kernels.rotary_cpu import prepare
-
-# "No BOS": key column 0 removed and rows renormalised, rows from the third on.
-FIRST_NO_BOS_ROW = 2
-
-
-class RowSums:
-    """Sums over the rows of a pattern, in float64.
-
-    `kl` [3, n_heads] and `kl_no_bos` [3] (nats) are of the full, the query-only and the key-only reconstruction;
-    `top1` counts rows whose largest entry is at the same key, `error` sums max |p − p̂|, both of the full one.
-    """
-
-    def __init__(self, n_heads: int) -> None:
-        self.kl: np.ndarray = np.zeros((3, n_heads))
-        self.kl_no_bos: np.ndarray = np.zeros(3)
-        self.top1_and_error: np.ndarray = np.zeros(2)
 
 
 def add_rows(q_hat: Queries, k_hat: Keys, true: TruePattern, sums: RowSums) -> None:
@@ -64,10 +49,18 @@ def _add_block(by_query, by_key, by_both, log_p, raw, soft_cap, origin, heads, k
     first_position, first_column, group = origin
     width = log_p.shape[2]
     full, query, key = np.empty(width, log_p.dtype), np.empty(width, log_p.dtype), np.empty(width, log_p.dtype)
-    unused = np.empty(width, log_p.dtype)
+    # "no BOS" leaves column 0 out: it is kept apart, so that one pass over the others serves both figures
+    apart = first_column == 0
+    start = 1 if apart else 0
+    weights, unused = np.empty(width - start, log_p.dtype), np.empty(width, log_p.dtype)
     for pair in range(log_p.shape[0]):
         for row in range(log_p.shape[1]):
-            truth = log_p[pair, row]
+            position = first_position + row // group
+            if position == 0:
+                # one key: nothing to get wrong
+                top1_and_error[0] += 1
+                continue
+            log_truth = log_p[pair, row]
             for j in range(width):
                 query[j] = by_query[pair, row, j]
                 key[j] = by_key[pair, row, j]
@@ -76,51 +69,102 @@ def _add_block(by_query, by_key, by_both, log_p, raw, soft_cap, origin, heads, k
                 soft_cap_differences(full, raw[pair, row], soft_cap, unused)
                 soft_cap_differences(query, raw[pair, row], soft_cap, unused)
                 soft_cap_differences(key, raw[pair, row], soft_cap, unused)
+            top1_and_error[0] += _same_largest(full, log_truth)
+            rest, first = log_truth[start:], np.float64(log_truth[0])
+            largest = _maximum(rest)
+            for j in range(rest.size):
+                weights[j] = rest[j] - largest
+            total = _exponentials(weights)
             head = heads[pair] * group + row % group
-            kl[0, head] += _row_kl(full, truth, 0)
-            kl[1, head] += _row_kl(query, truth, 0)
-            kl[2, head] += _row_kl(key, truth, 0)
-            if first_position + row // group >= FIRST_NO_BOS_ROW:
-                start = 1 if first_column == 0 else 0
-                kl_no_bos[0] += _row_kl(full, truth, start)
-                kl_no_bos[1] += _row_kl(query, truth, start)
-                kl_no_bos[2] += _row_kl(key, truth, start)
-            same, error = _largest(full, truth)
-            top1_and_error[0] += same
+            scores = (rest, weights, largest, total, apart, first)
+            full_kl, full_rest_kl, largest_hat, log_sum = _row_kl(full[start:], first + full[0], scores)
+            query_kl, query_rest_kl, _, _ = _row_kl(query[start:], first + query[0], scores)
+            key_kl, key_rest_kl, _, _ = _row_kl(key[start:], first + key[0], scores)
+            kl[0, head] += full_kl
+            kl[1, head] += query_kl
+            kl[2, head] += key_kl
+            if position >= FIRST_NO_BOS_ROW:
+                kl_no_bos[0] += full_rest_kl
+                kl_no_bos[1] += query_rest_kl
+                kl_no_bos[2] += key_rest_kl
+            error = _largest_error(weights, np.exp(largest), full[start:], np.exp(largest_hat - log_sum))
+            if apart:
+                error = max(error, abs(np.exp(first) - np.exp(first + full[0] - log_sum)))
             top1_and_error[1] += error
 
 
 @kernel
-def _row_kl(delta, log_truth, start):
-    """KL(p ‖ p̂) over the columns from `start` on, both renormalised there."""
-    largest, largest_hat = log_truth[start], log_truth[start] + delta[start]
-    for j in range(start, delta.size):
-        largest = max(largest, log_truth[j])
-        largest_hat = max(largest_hat, log_truth[j] + delta[j])
-    total, total_hat, mean = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-    for j in range(start, delta.size):
-        weight = exponential(log_truth[j] - largest)
-        total += weight
-        mean += weight * delta[j]
-        total_hat += exponential(log_truth[j] + delta[j] - largest_hat)
-    return np.float64(np.log(total_hat) + largest_hat) - np.float64(np.log(total) + largest) - mean / total
+def _row_kl(delta, first_hat, scores):
+    """KL(p ‖ p̂) of a row and of its columns without the first, renormalised; the two are equal if none is apart.
+
+    `delta` are score differences without the first column's, whose log p + Δs is `first_hat`. They become
+    p̂ · exp(log sum − largest): these two are returned as well.
+    """
+    log_truth, weights, largest, total, apart, first = scores
+    mean = delta.dtype.type(0.0)
+    for j in range(delta.size):
+        mean += weights[j] * delta[j]
+    rest_mean = np.float64(mean) / total
+    for j in range(delta.size):
+        delta[j] += log_truth[j]
+    largest_hat = _maximum(delta)
+    for j in range(delta.size):
+        delta[j] -= largest_hat
+    log_rest = np.float64(largest) + np.log(np.float64(total))
+    log_rest_hat = np.float64(largest_hat) + np.log(np.float64(_exponentials(delta)))
+    rest_kl = log_rest_hat - log_rest - rest_mean
+    if not apart:
+        return rest_kl, rest_kl, largest_hat, log_rest_hat
+    log_all, log_all_hat = _log_add(log_rest, first), _log_add(log_rest_hat, first_hat)
+    mean = np.exp(log_rest - log_all) * rest_mean
+    if first > -np.inf:
+        # otherwise a window hides it
+        mean += np.exp(first - log_all) * (first_hat - first)
+    return log_all_hat - log_all - mean, rest_kl, largest_hat, log_all_hat
 
 
 @kernel
-def _largest(delta, log_truth):
-    """Whether p and p̂ are largest at the same column, and max |p − p̂|."""
-    best, best_hat = 0, 0
-    largest, largest_hat = log_truth[0], log_truth[0] + delta[0]
-    for j in range(1, delta.size):
-        if log_truth[j] > largest:
-            best, largest = j, log_truth[j]
-        if log_truth[j] + delta[j] > largest_hat:
-            best_hat, largest_hat = j, log_truth[j] + delta[j]
-    total = np.float32(0.0)
+def _maximum(values):
+    largest = values.dtype.type(-np.inf)
+    for j in range(values.size):
+        largest = max(largest, values[j])
+    return largest
+
+
+@kernel
+def _exponentials(values):
+    """Turns values ≤ 0 into their exponentials and returns the sum."""
+    total = values.dtype.type(0.0)
+    for j in range(values.size):
+        values[j] = exponential(values[j])
+        total += values[j]
+    return total
+
+
+@kernel
+def _log_add(a, b):
+    """log(exp(a) + exp(b))"""
+    return max(a, b) + np.log1p(np.exp(min(a, b) - max(a, b)))
+
+
+@kernel
+def _same_largest(delta, log_truth):
+    """Whether p̂ is largest where p is (at the first such column, if p has several)."""
+    largest = _maximum(log_truth)
+    largest_hat = delta.dtype.type(-np.inf)
     for j in range(delta.size):
-        total += exponential(log_truth[j] + delta[j] - largest_hat)
-    error, scale = np.float32(0.0), np.float32(1.0) / total
-    for j in range(delta.size):
-        p = exponential(log_truth[j])
-        error = max(error, abs(p - scale * exponential(log_truth[j] + delta[j] - largest_hat)))
-    return np.int64(best == best_hat), error
+        largest_hat = max(largest_hat, log_truth[j] + delta[j])
+    best = 0
+    while log_truth[best] != largest:
+        best += 1
+    return np.int64(log_truth[best] + delta[best] == largest_hat)
+
+
+@kernel
+def _largest_error(weights, scale, weights_hat, scale_hat):
+    """max |scale · weights − scale_hat · weights_hat|"""
+    scale, scale_hat = weights.dtype.type(scale), weights.dtype.type(scale_hat)
+    error = weights.dtype.type(0.0)
+    for j in range(weights.size):
+        error = max(error, abs(scale * weights[j] - scale_hat * weights_hat[j]))
+    return error

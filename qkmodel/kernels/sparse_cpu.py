@@ -100,6 +100,24 @@ def encode_chosen(x, w_enc, b_enc, starts, features, values):
 
 
 @kernel
+def keep_largest(k, starts, values):
+    """Sets all but the k largest values of each token to 0, the last of equal ones first."""
+    for token in range(len(starts) - 1):
+        first, last = starts[token], starts[token + 1]
+        if last - first <= k:
+            continue
+        threshold = np.sort(values[first:last])[last - first - k]
+        spare = k
+        for place in range(first, last):
+            spare -= values[place] > threshold
+        for place in range(first, last):
+            if values[place] == threshold and spare > 0:
+                spare -= 1
+            elif values[place] <= threshold:
+                values[place] = 0.0
+
+
+@kernel
 def decode_chosen(starts, features, values, w_dec, b_out, y):
     """y = Σ f_i w_dec_i + b_out."""
     for token in range(y.shape[0]):

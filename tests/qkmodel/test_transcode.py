@@ -1,11 +1,15 @@
 """The sparse way of running a transcoder against the dense one, and what each activation keeps."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qkmodel.kernels.sparse_cpu import keep_largest
 from qkmodel.sparsity import Activation, BatchTopK, TopK
 from qkmodel.transcode import CentredInputs, infer, transcode
 from qkmodel.transcoder import Transcoder
@@ -94,3 +98,16 @@ def test_inference_is_the_dictionary_itself(activation: Activation) -> None:
     y, counts = infer(transcoder, x)
     torch.testing.assert_close(y, transcoder(x).detach(), rtol=1e-4, atol=1e-4)
     assert counts.tolist() == (transcoder.encode(x)[:, 1:] > 0).sum((0, 1)).tolist()
+
+
+@given(
+    values=st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), max_size=9), min_size=1, max_size=4),
+    k=st.integers(1, 5),
+)
+def test_keeping_the_largest_of_chosen_features(values: list[list[float]], k: int) -> None:
+    starts = np.cumsum([0, *map(len, values)])
+    kept = np.array([value for token in values for value in token], np.float32)
+    keep_largest(k, starts, kept)
+    for token, (first, last) in zip(values, pairwise(starts), strict=True):
+        assert sorted(kept[first:last], reverse=True)[:k] == sorted(token, reverse=True)[:k]
+        assert (kept[first:last] > 0).sum() == min(k, sum(value > 0 for value in token))
