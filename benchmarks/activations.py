@@ -52,7 +52,8 @@ class Contender:
 CONTENDERS = {
     "topk": Contender({"activation": "topk"}, "k", 16, 1),
     "batchtopk": Contender({"activation": "batchtopk"}, "k", 16, 1),
-    "jumprelu": Contender({"activation": "jumprelu"}, "sparsity_coefficient", 1e-2, -1),
+    # thresholds move slowly: at lower rates no coefficient brings them far enough
+    "jumprelu": Contender({"activation": "jumprelu"}, "sparsity_coefficient", 5e-3, -1, (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
 } | {
     f"relu {penalty}": Contender(
         {"activation": "relu", "penalty": penalty}, "target_l0", 16, 1, (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
@@ -97,6 +98,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 20])
+    parser.add_argument("--activations", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cache", type=Path, help="keep the activation cache in this folder")
     arguments = parser.parse_args()
@@ -107,19 +109,24 @@ def main() -> None:
         del model
         torch.set_num_threads(1)
         found = {
-            str(layer): compare(lambda runs, at=at: train(runs, cache, *at, arguments.threads), f"layer {layer}")
+            str(layer): compare(
+                arguments.activations, lambda runs, at=at: train(runs, cache, *at, arguments.threads), f"layer {layer}"
+            )
             for layer, at in opened.items()
         }
     print(json.dumps(found | {"window": TRAINING.validation_sequences * (cache.context - 1)}))
 
 
-def compare(train_all: Callable[[Sequence[Run]], list[Run]], where: str) -> dict[str, dict[str, Any]]:
+def compare(
+    names: Sequence[str], train_all: Callable[[Sequence[Run]], list[Run]], where: str
+) -> dict[str, dict[str, Any]]:
     """Each contender's figures at its best learning rate."""
-    first = [Run(name, rate, 0, one.start) for name, one in CONTENDERS.items() for rate in one.learning_rates]
+    contenders = {name: CONTENDERS[name] for name in names}
+    first = [Run(name, rate, 0, one.start) for name, one in contenders.items() for rate in one.learning_rates]
     tried = settle(first, train_all)
     best = {
         name: min((run for run in tried if run.name == name and run.settled), key=lambda run: run.metrics["kl"])
-        for name in CONTENDERS
+        for name in contenders
         if any(run.name == name and run.settled for run in tried)
     }
     further = settle([replace(run, seed=seed, metrics=None) for run in best.values() for seed in (1, 2)], train_all)

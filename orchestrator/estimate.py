@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from orchestrator.late_checks import CheckedPlan
+from orchestrator.late_checks import CheckedPlan, cache_threads
 from orchestrator.plan import SweepPlan
 from orchestrator.search.space import extremes
-from qkmodel.activation_space import request_bytes
-from qkmodel.activations import MissingWork, missing_work
+from qkmodel.activations import DTYPES, MissingWork, missing_work, request_bytes
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.language_model import LanguageModel
@@ -29,7 +28,8 @@ TIMED_STEPS = 2
 class Estimate:
     """Work that is left and the seconds it takes on this machine.
 
-    `cache` is what the activation cache still lacks, `cache_bytes` its size once it lacks nothing.
+    `cache` is what the activation cache still lacks, `cache_bytes` its size once it lacks nothing; with `streamed` it
+    holds no training activations, and packs compute them.
 
     Measured: one forward pass to the deepest layer, one through the whole model, and optimiser steps of the
     space's trainings on random activations of the right shape. Assumed: an evaluation batch costs what a step
@@ -38,6 +38,7 @@ class Estimate:
 
     cache_bytes: int
     cache: MissingWork
+    streamed: bool
     cache_seconds: float
     training_seconds: float
     evaluation_seconds: float
@@ -50,47 +51,58 @@ class Estimate:
 def estimate(checked: CheckedPlan) -> Estimate:
     """Measures for some ten seconds; loads the model unless nothing is left to do."""
     plan, config = checked.plan, checked.plan.config
-    whole = request_bytes(checked.manifest, config.layers, plan.sequences)
+    whole = request_bytes(checked.manifest, checked.request)
     if plan.trainings_left == 0:
-        return Estimate(whole, MissingWork(0, 0), 0.0, 0.0, 0.0)
-    missing = missing_work(checked.manifest, config.layers, plan.sequences)
-    forward_seconds, whole_model_seconds = _forward_seconds(plan, checked.load_model())
-    step_seconds = _step_seconds(plan)
+        return Estimate(whole, MissingWork(0, 0), False, 0.0, 0.0, 0.0)
+    missing = missing_work(checked.manifest, checked.request)
+    streamed = checked.request.streamed_sequences > 0
+    forward_seconds, whole_model_seconds, step_seconds = _measure(plan, checked.load_model())
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
     evaluation_batches = plan.validation_sequences / EVALUATION_BATCH
     model_batches = config.training.patched_sequences / EVALUATION_BATCH
     threads = min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
-    share = plan.trainings_left / (min(plan.slots, plan.packs) * threads)
+    at_once = min(plan.slots, plan.packs) * threads
+    share = plan.trainings_left / at_once
+    streaming_seconds = plan.packs / at_once * steps * config.training.batch_sequences / EVALUATION_BATCH
     return Estimate(
         cache_bytes=whole,
         cache=missing,
-        cache_seconds=missing.sequences / EVALUATION_BATCH * forward_seconds,
-        training_seconds=share * steps * step_seconds,
+        streamed=streamed,
+        cache_seconds=missing.sequences / EVALUATION_BATCH * forward_seconds / cache_threads(config),
+        training_seconds=share * steps * step_seconds + (streaming_seconds * forward_seconds if streamed else 0.0),
         evaluation_seconds=share * (evaluation_batches * step_seconds + model_batches * whole_model_seconds),
     )
 
 
-def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, float]:
-    """Seconds for `EVALUATION_BATCH` sequences: to the deepest requested layer, and through the whole model."""
-    vocabulary = model.bridge.original_model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(0, vocabulary, (EVALUATION_BATCH, plan.config.corpus.context))
-    deepest = [max(plan.config.layers)]
-    return _seconds(lambda: model.attention_inputs(tokens, deepest)), _seconds(lambda: model.cross_entropy(tokens))
-
-
-def _step_seconds(plan: SweepPlan) -> float:
-    """Mean seconds of one training's step over the kinds of training in the space, single-threaded as in a pack."""
+def _measure(plan: SweepPlan, model: LanguageModel) -> tuple[float, float, float]:
+    """Seconds of one thread: forward passes of `EVALUATION_BATCH` sequences, to the deepest requested layer and through
+    the whole model, and a training's step."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        layer = _random_layer(plan)
-        x = torch.randn(plan.config.training.batch_sequences, plan.config.corpus.context, layer.geometry.d_model)
-        training, reference = plan.config.training, _neutral_reference(layer)
-        batch = shared_batch(x, layer, reference, product_dtype(training.precision, x.device))
-        kinds = _kinds(plan)
-        return sum(_member_seconds(Member(kind, layer, reference, training), batch) for kind in kinds) / len(kinds)
+        return *_forward_seconds(plan, model), _step_seconds(plan)
     finally:
         torch.set_num_threads(threads)
+
+
+def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, float]:
+    vocabulary = model.bridge.original_model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, vocabulary, (EVALUATION_BATCH, plan.config.corpus.context))
+    deepest, products = [max(plan.config.layers)], DTYPES[plan.cache_key.products]
+    return (
+        _seconds(lambda: next(model.attention_inputs_of_batches([tokens], deepest, products))),
+        _seconds(lambda: model.cross_entropy(tokens, products=products)),
+    )
+
+
+def _step_seconds(plan: SweepPlan) -> float:
+    """Mean over the kinds of training in the space."""
+    layer = _random_layer(plan)
+    x = torch.randn(plan.config.training.batch_sequences, plan.config.corpus.context, layer.geometry.d_model)
+    training, reference = plan.config.training, _neutral_reference(layer)
+    batch = shared_batch(x, layer, reference, product_dtype(training.precision, x.device))
+    kinds = _kinds(plan)
+    return sum(_member_seconds(Member(kind, layer, reference, training), batch) for kind in kinds) / len(kinds)
 
 
 def _member_seconds(member: Member, batch: SharedBatch) -> float:

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from orchestrator.config import SweepConfig
 from orchestrator.opening_token import AUTO, measure_opening_token
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_checks import machine_cpus
 from qkmodel.activation_build import available_sequences
 from qkmodel.activation_space import refuse_without_room
-from qkmodel.activations import TOKENS, ActivationCache, Manifest, missing_work
+from qkmodel.activations import TOKENS, ActivationCache, CacheRequest, Manifest, missing_work
 from qkmodel.attention_extraction import extract_attention_layer
 from qkmodel.corpus import BosChoice, TokenisedCorpus, tokenise
 from qkmodel.errors import InputError
@@ -32,13 +33,14 @@ class CheckedPlan:
     """A plan in which nothing was found wrong, and what was loaded to find that out.
 
     `measured` is the opening token's measurement, where one was needed and is not on disk yet. `manifest` is what the
-    activation cache holds, with all that is known of the corpus's length. `load_model` and `read_corpus` load at
-    their first call and give the same afterwards.
+    activation cache holds, with all that is known of the corpus's length, and `request` what it has to hold.
+    `load_model` and `read_corpus` load at their first call and give the same afterwards.
     """
 
     plan: SweepPlan
     measured: BosChoice | None
     manifest: Manifest
+    request: CacheRequest
     load_model: "Callable[[], LanguageModel]"
     read_corpus: CorpusReader
 
@@ -49,7 +51,7 @@ def check_plan(plan: SweepPlan, say: Callable[[str], None], stream: bool = True)
     Model and corpus are loaded only for what the activation cache does not hold. Without `stream` a data set on the
     hub is not read, and then none of this is known of it. Creates nothing. Raises InputError.
     """
-    torch.set_num_threads(plan.config.resources.activations.cpu or machine_cpus())
+    torch.set_num_threads(cache_threads(plan.config))
     load_model = _model_loader(plan, say)
     is_readable = stream or plan.corpus.documents is not None
     measured = None
@@ -61,7 +63,12 @@ def check_plan(plan: SweepPlan, say: Callable[[str], None], stream: bool = True)
     if plan.trainings_left and is_readable:
         manifest = _check_corpus(plan, manifest, read_corpus)
         _prove_attention(plan, load_model, read_corpus)
-    return CheckedPlan(plan, measured, manifest, load_model, read_corpus)
+    return CheckedPlan(plan, measured, manifest, plan.cache_request(manifest), load_model, read_corpus)
+
+
+def cache_threads(config: SweepConfig) -> int:
+    """Threads that fill the activation cache."""
+    return config.resources.activations.cpu or machine_cpus()
 
 
 def _model_loader(plan: SweepPlan, say: Callable[[str], None]) -> "Callable[[], LanguageModel]":
@@ -100,9 +107,9 @@ def _check_corpus(plan: SweepPlan, manifest: Manifest, read_corpus: CorpusReader
         found = read_corpus(*plan.sequences_in_shards)
         _check_held_out(plan, found)
         manifest = manifest.with_available(available_sequences(found))
-    config = plan.config
-    if missing_work(manifest, config.layers, plan.sequences).bytes > 0:
-        refuse_without_room(plan.cache_root, manifest, config.layers, plan.sequences, config.activations.max_bytes)
+    request = plan.cache_request(manifest)
+    if missing_work(manifest, request).bytes > 0:
+        refuse_without_room(plan.cache_root, manifest, request, plan.config.activations.max_bytes)
     return manifest
 
 

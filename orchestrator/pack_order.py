@@ -23,7 +23,8 @@ class MemberOrder(Schema):
 class PackOrder(Schema):
     """Everything a worker needs to train a pack; paths are absolute.
 
-    All members have done `steps_done` steps: 0 for new trainings, else what their checkpoints hold.
+    All members have done `steps_done` steps: 0 for new trainings, else what their checkpoints hold. With `streamed` the
+    cache holds no training activations, and the pack computes them from the model.
     """
 
     pack_id: str
@@ -32,6 +33,7 @@ class PackOrder(Schema):
     threads: int = Field(ge=1)
     sweep_folder: Path
     cache_folder: Path
+    streamed: bool
     reference_file: Path
     model_identity: ModelIdentity
     corpus_identity: CorpusIdentity

@@ -209,6 +209,7 @@ def _machine(order: PackOrder) -> dict[str, int | str]:
         "threads": order.threads,
         "device": "cpu",
         "products": str(products).removeprefix("torch."),
+        "activations": "streamed" if order.streamed else "cached",
         "node": platform.node(),
         "torch": version("torch"),
     }

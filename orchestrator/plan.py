@@ -27,16 +27,20 @@ from qkmodel.activations import (
     SPLITS,
     TOKENS,
     CacheKey,
+    CacheRequest,
     Manifest,
     Split,
     in_whole_shards,
+    missing_work,
     read_manifest,
+    request_bytes,
 )
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.dictionary import find_loss
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
 from qkmodel.model_description import ModelDescription, describe_model
 from qkmodel.products import forward_products
+from qkmodel.reference import MEAN_SEQUENCES
 
 # Larger packs share more, but report and adapt later: a search that learns from results wants them early.
 LARGEST_PACK = 8
@@ -138,7 +142,7 @@ class SweepPlan:
 
     @cached_property
     def train_sequences(self) -> int:
-        """Training sequences to cache, if the corpus has as many."""
+        """Training sequences of one epoch, if the corpus has as many."""
         return sequences_per_epoch(self.config.training, self.config.corpus.context, None)
 
     @property
@@ -173,8 +177,22 @@ class SweepPlan:
 
     @property
     def sequences(self) -> dict[Split, int]:
-        """Sequences that the activation cache has to hold, if the corpus has as many."""
+        """Sequences that trainings read, if the corpus has as many."""
         return {"train": self.train_sequences, "validation": self.validation_sequences}
+
+    def cache_request(self, manifest: Manifest) -> CacheRequest:
+        """What an activation cache that holds `manifest` has to hold when packs start.
+
+        Everything; or, where that would take more than `activations.max_bytes`, what packs cannot do without that
+        compute their training activations themselves: all tokens, validation, and what means are taken over.
+        """
+        layers = self.config.layers
+        everything = CacheRequest(layers, self.sequences, self.sequences)
+        fits = request_bytes(manifest, everything) <= self.config.activations.max_bytes
+        if fits or missing_work(manifest, everything).bytes == 0:
+            return everything
+        means = min(MEAN_SEQUENCES, self.train_sequences)
+        return CacheRequest(layers, self.sequences, {"train": means, "validation": self.validation_sequences})
 
     @property
     def sequences_in_shards(self) -> tuple[int, int]:

@@ -34,8 +34,8 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
     ]
     if plan.corpus.documents is None:
         lines.append("a data set on the hub is read at the start: if it is shorter than that, the cache is smaller")
-        if estimate.cache_bytes > config.activations.max_bytes:
-            lines.append("activations.max_bytes: unless the data set is shorter, this sweep will be refused")
+    if estimate.streamed:
+        lines.append("training activations would take more than that: every pack computes its own as it goes")
     if plan.lost_line is not None:
         lines.append(plan.lost_line)
     if plan.trainings_left == 0:
@@ -70,6 +70,7 @@ def estimate_record(plan: SweepPlan, estimate: Estimate) -> dict[str, Any]:
         "tokens": plan.trainings_left * plan.tokens_per_training,
         "cache_bytes": estimate.cache_bytes,
         "cache_bytes_missing": estimate.cache.bytes,
+        "streamed": estimate.streamed,
         "seconds": estimate.seconds if plan.trainings_left else 0.0,
     }
 

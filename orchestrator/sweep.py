@@ -155,6 +155,7 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         threads=max(1, int(config.resources.pack.cpu)),
         sweep_folder=plan.folder,
         cache_folder=prepared.cache.folder,
+        streamed=prepared.streamed,
         reference_file=prepared.reference_files[study.layer],
         model_identity=ModelIdentity(
             config=config.model,

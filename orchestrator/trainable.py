@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from ray import tune
 
 from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, checkpoint_path, dictionary_path
 from orchestrator.versions import git_sha, package_versions
+from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import DictionaryConfig, save_dictionary
 from qkmodel.errors import InputError
@@ -17,6 +19,7 @@ from qkmodel.evaluation import evaluate, evaluate_cross_entropy
 from qkmodel.member import Member
 from qkmodel.pack import PackTrainer, load_checkpoint, save_checkpoint
 from qkmodel.reference import load_reference
+from qkmodel.transcoder import QKTranscoder
 
 if TYPE_CHECKING:
     from qkmodel.language_model import LanguageModel
@@ -59,7 +62,7 @@ class PackTrainable(tune.Trainable):
         self._trainer = PackTrainer(
             [member.hyperparameters for member in order.members],
             self._layer,
-            self._cache,
+            StreamedActivations(self._cache, self._loaded_model()) if order.streamed else self._cache,
             self._reference,
             order.training,
             order.seed,
@@ -108,14 +111,12 @@ class PackTrainable(tune.Trainable):
         interval = max(1, round((training.report_tokens or training.tokens / 8) / per_step))
         return interval - self._trainer.steps_done % interval
 
-    def _report(self, index: int, losses: dict[str, float], metrics: dict[str, float]) -> MemberReport:
+    def _report(self, index: int, losses: dict[str, float], metrics: dict[str, float | None]) -> MemberReport:
         member, training_id = self._trainer.members[index], self._ids[index]
         if not (member.is_finite and _finite(losses | metrics)):
             return self._give_up(index)
         finished = self._trainer.finished
-        figures = self._final_metrics(member, metrics) if finished else losses | metrics
-        if not _finite(figures):
-            return self._give_up(index)
+        figures = metrics if finished else losses | metrics
         path = checkpoint_path(self._order.sweep_folder, training_id)
         save_checkpoint(member, path, training_id, self._trainer.steps_done)
         report = MemberReport(training_id=training_id, tokens=self._trainer.tokens_done, seconds=0.0, metrics=figures)
@@ -125,7 +126,7 @@ class PackTrainable(tune.Trainable):
         where = str(dictionary_path(training_id))
         return report.model_copy(update={"dictionary": where, "dictionary_sha256": sha256})
 
-    def _evaluate(self) -> list[dict[str, float]]:
+    def _evaluate(self) -> list[dict[str, float | None]]:
         """Every member's metrics: all of them at the end, on the way a few on a few sequences."""
         trainer, sequences = self._trainer, self._order.training.validation_sequences
         if not trainer.finished:
@@ -133,21 +134,21 @@ class PackTrainable(tune.Trainable):
         transcoders = [member.transcoder for member in trainer.members]
         found = evaluate(transcoders, self._layer, self._cache, self._reference, sequences, self._order.threads)
         if trainer.finished:
-            return found
+            return [metrics | more for metrics, more in zip(found, self._cross_entropies(transcoders), strict=True)]
         return [{name: metrics[name] for name in PROGRESS_METRICS} for metrics in found]
 
-    def _final_metrics(self, member: Member, metrics: dict[str, float]) -> dict[str, float | None]:
-        training = self._order.training
-        if training.patched_sequences == 0:
-            return dict(metrics)
-        if self._model is None:
-            self._model = self._load_model()
-        return metrics | evaluate_cross_entropy(
-            member.transcoder, self._layer, self._model, self._cache, self._reference, training.patched_sequences
+    def _cross_entropies(self, transcoders: Sequence[QKTranscoder]) -> list[dict[str, float | None]]:
+        order, sequences = self._order, self._order.training.patched_sequences
+        if sequences == 0:
+            return [{} for _ in transcoders]
+        return evaluate_cross_entropy(
+            transcoders, self._layer, self._loaded_model(), self._cache, self._reference, sequences, order.threads
         )
 
-    def _load_model(self) -> "LanguageModel":
+    def _loaded_model(self) -> "LanguageModel":
         """Raises InputError when the model's files are no longer those that the activations come from."""
+        if self._model is not None:
+            return self._model
         from qkmodel.language_model import load_language_model
 
         identity = self._order.model_identity
@@ -156,6 +157,7 @@ class PackTrainable(tune.Trainable):
             raise InputError(
                 f"model {identity.config.name}: its files changed since the sweep was started; start it again"
             )
+        self._model = model
         return model
 
     def _save_dictionary(self, training_id: str, member: Member, metrics: dict[str, float | None]) -> str:

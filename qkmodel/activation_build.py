@@ -25,6 +25,7 @@ from qkmodel.activations import (
     TOKENS,
     ActivationCache,
     CacheKey,
+    CacheRequest,
     Manifest,
     MissingShard,
     Shard,
@@ -73,12 +74,14 @@ def build_activation_cache(
     train_sequences: int,
     validation_sequences: int,
     max_bytes: int,
+    streamed_sequences: int = 0,
     model_loader: "Callable[[], LanguageModel]",
     corpus_loader: Callable[[int, int], TokenisedCorpus],
     progress: Callable[[BuildProgress], None] | None = None,
 ) -> ActivationCache:
     """Make sure that the cache of `key` below `root` holds these sequences of these layers, and open it.
 
+    Of `streamed_sequences` further training sequences it holds the tokens alone.
     What is there is verified by checksum (about 1 s per 1.3 GB and core) and kept, whichever request or
     interrupted build it comes from; what is damaged or missing is built. `corpus_loader(train, validation)`
     returns that many sequences, or all when the corpus has fewer; it is called only for missing tokens, and
@@ -88,29 +91,31 @@ def build_activation_cache(
     corpus no longer gives the tokens that are cached, when the model's activations are not finite, and for
     a cache of an unknown version.
     """
-    layers = sorted(set(layers))
-    parts = [layer_part(layer) for layer in layers]
-    wanted: dict[Split, int] = {"train": train_sequences, "validation": validation_sequences}
-    whole = [in_whole_shards(wanted[split], None) for split in SPLITS]
+    request = CacheRequest(
+        tuple(sorted(set(layers))),
+        tokens={"train": train_sequences + streamed_sequences, "validation": validation_sequences},
+        activations={"train": train_sequences, "validation": validation_sequences},
+    )
+    whole = [in_whole_shards(request.tokens[split], None) for split in SPLITS]
     corpus = None
     if read_manifest(root / key.folder_name) is None:
         # what cannot be had is refused before there is as much as a lock
         corpus = corpus_loader(*whole)
         known = Manifest.empty(key).with_available(available_sequences(corpus))
-        refuse_without_room(root, known, layers, wanted, max_bytes)
+        refuse_without_room(root, known, request, max_bytes)
     root.mkdir(parents=True, exist_ok=True)
     with exclusive(root / f"{key.folder_name}.lock", lambda holder: _say_waiting(root, key, holder)):
-        build = _Build(root / key.folder_name, key, wanted)
-        build.drop_damaged([TOKENS, *parts])
-        if build.missing([TOKENS]):
+        build = _Build(root / key.folder_name, key, request)
+        build.drop_damaged()
+        if build.lacks_tokens:
             corpus = corpus or corpus_loader(*whole)
             build.learn_available(corpus)
-        if build.missing([TOKENS, *parts]):
-            build.check_space(layers, max_bytes)
-        if build.missing([TOKENS]):
+        if build.lacks_tokens or build.missing_activations():
+            build.check_space(max_bytes)
+        if build.lacks_tokens:
             build.add_tokens(corpus)
-        if build.missing(parts):
-            build.add_activations(model_loader(), layers, progress)
+        if build.missing_activations():
+            build.add_activations(model_loader(), progress)
     return ActivationCache.open(build.folder)
 
 
@@ -126,9 +131,9 @@ def available_sequences(corpus: TokenisedCorpus) -> dict[Split, int | None]:
 class _Build:
     """A cache under construction, by the one process that holds its lock."""
 
-    def __init__(self, folder: Path, key: CacheKey, wanted: dict[Split, int]):
+    def __init__(self, folder: Path, key: CacheKey, request: CacheRequest):
         self.folder = folder
-        self._wanted = wanted
+        self._request = request
         self._manifest = read_manifest(folder) or Manifest.empty(key)
         if self._manifest.key != key:
             raise InputError(f"{folder}: holds another cache than its name says; remove the folder to build it anew")
@@ -136,16 +141,20 @@ class _Build:
             for partial in part.glob(f".*{PARTIAL_SUFFIX}"):
                 partial.unlink()
 
-    def missing(self, parts: list[str]) -> list[MissingShard]:
-        return self._manifest.missing(parts, self._wanted)
+    @property
+    def lacks_tokens(self) -> bool:
+        return bool(self._manifest.missing([TOKENS], self._request.tokens))
 
-    def drop_damaged(self, parts: list[str]) -> None:
+    def missing_activations(self) -> list[MissingShard]:
+        return self._manifest.missing(self._request.layer_parts, self._request.activations)
+
+    def drop_damaged(self) -> None:
         """Forget those needed shards whose bytes are not what the manifest says."""
         needed = {
             shard_path(part, split, index)
+            for part in self._request.parts
             for split in SPLITS
-            for index in range(len(self._manifest.needed(split, self._wanted[split])))
-            for part in parts
+            for index in range(len(self._manifest.needed(split, self._request.wanted(part)[split])))
         }
         paths = sorted(needed & self._manifest.shards.keys())
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
@@ -160,16 +169,16 @@ class _Build:
         """Take over what reading the corpus has told about its length."""
         self._manifest = self._manifest.with_available(available_sequences(corpus))
 
-    def check_space(self, layers: list[int], max_bytes: int) -> None:
+    def check_space(self, max_bytes: int) -> None:
         """Refuse before anything is written. Raises InputError."""
-        refuse_without_room(self.folder.parent, self._manifest, layers, self._wanted, max_bytes)
+        refuse_without_room(self.folder.parent, self._manifest, self._request, max_bytes)
 
     def add_tokens(self, corpus: TokenisedCorpus) -> None:
         """Write the token shards that are missing, after a look at those that are not. Raises InputError."""
         sequences = {"train": corpus.train, "validation": corpus.validation}
         written = {}
         for split in SPLITS:
-            for index, size in enumerate(self._manifest.needed(split, self._wanted[split])):
+            for index, size in enumerate(self._manifest.needed(split, self._request.tokens[split])):
                 path = shard_path(TOKENS, split, index)
                 tokens = sequences[split][index * SHARD_SEQUENCES :][:size]
                 if path not in self._manifest.shards:
@@ -181,14 +190,9 @@ class _Build:
                     )
         self._record(written)
 
-    def add_activations(
-        self,
-        model: "LanguageModel",
-        layers: list[int],
-        progress: Callable[[BuildProgress], None] | None,
-    ) -> None:
+    def add_activations(self, model: "LanguageModel", progress: Callable[[BuildProgress], None] | None) -> None:
         """Run the model over every shard that lacks a layer; a kill loses the shard it was at. Raises InputError."""
-        missing = self.missing([layer_part(layer) for layer in layers])
+        missing = self.missing_activations()
         tokens_total = self._manifest.key.context * sum(shard.sequences for shard in missing)
         tokens_done = 0
         start = time.monotonic()
@@ -201,7 +205,7 @@ class _Build:
 
         with _own_threads() as threads:
             for shard in missing:
-                lacking = [layer for layer in layers if layer_part(layer) in shard.parts]
+                lacking = [layer for layer in self._request.layers if layer_part(layer) in shard.parts]
                 tokens = map_shard(self.folder / shard_path(TOKENS, shard.split, shard.index))
                 activations = _attention_inputs(model, tokens, lacking, self._manifest.key, threads, report)
                 paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}

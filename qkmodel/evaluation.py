@@ -6,12 +6,15 @@ statistics leave position 0 (the BOS token) out. `…_no_bos` figures are define
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from qkmodel.activations import ActivationCache
+from qkmodel.activations import DTYPES, ActivationCache
 from qkmodel.attention import AttentionLayer
 from qkmodel.pattern_comparison import EVALUATION_BATCH, PatternComparison, TrueBatch, validation_batches
 from qkmodel.reference import LayerReference
@@ -88,26 +91,42 @@ class _Evaluation:
 
 @torch.no_grad()
 def evaluate_cross_entropy(
-    transcoder: QKTranscoder,
+    transcoders: Sequence[QKTranscoder],
     layer: AttentionLayer,
     model: "LanguageModel",
     cache: ActivationCache,
     reference: LayerReference,
     sequences: int,
-) -> dict[str, float | None]:
-    """What the model's next-token cross-entropy (nats) becomes with the reconstructed pattern patched in.
+    threads: int = 1,
+) -> list[dict[str, float | None]]:
+    """What the model's next-token cross-entropy (nats) becomes with each transcoder's pattern patched in.
 
     `ce_recovered` = (ce_ablated − ce_patched)/(ce_ablated − ce_clean), None where the denominator is under
-    0.01 nats: then the layer's pattern hardly matters and the ratio is noise.
+    0.01 nats: then the layer's pattern hardly matters and the ratio is noise. The model multiplies in the cache's
+    product type, as it did for `ce_clean` and `ce_ablated`.
     """
-    total, count = 0.0, 0
+    totals, count = [0.0] * len(transcoders), 0
     for start in range(0, sequences, EVALUATION_BATCH):
-        tokens = cache.tokens("validation", list(range(start, min(start + EVALUATION_BATCH, sequences))))
-        x = model.attention_inputs(tokens, [layer.geometry.layer])[layer.geometry.layer]
-        q_hat, k_hat = (heads.unflatten(-1, (-1, layer.geometry.d_head)) for heads in transcoder(x))
-        batch_sum, batch_count = model.cross_entropy(tokens, layer.geometry.layer, layer.pattern(q_hat, k_hat))
-        total, count = total + batch_sum, count + batch_count
-    patched = total / count
+        numbers = range(start, min(start + EVALUATION_BATCH, sequences))
+        tokens = cache.tokens("validation", numbers)
+        x = cache.read(layer.geometry.layer, "validation", numbers).to(layer.w_q.device)
+        patterns = [partial(_pattern, transcoder, layer, x) for transcoder in transcoders]
+        sums = model.cross_entropies(
+            tokens, layer.geometry.layer, patterns, DTYPES[cache.manifest.key.products], threads
+        )
+        totals = [total + nats for total, nats in zip(totals, sums, strict=True)]
+        count += tokens[:, 1:].numel()
+    return [_cross_entropy_metrics(total / count, reference) for total in totals]
+
+
+@torch.no_grad()
+def _pattern(
+    transcoder: QKTranscoder, layer: AttentionLayer, x: Float[Tensor, "batch context d_model"]
+) -> Float[Tensor, "batch n_heads context context"]:
+    return layer.pattern(*(heads.unflatten(-1, (-1, layer.geometry.d_head)) for heads in transcoder(x)))
+
+
+def _cross_entropy_metrics(patched: float, reference: LayerReference) -> dict[str, float | None]:
     spread = reference.ce_ablated - reference.ce_clean
     return {
         "ce_clean": reference.ce_clean,

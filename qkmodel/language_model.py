@@ -121,26 +121,59 @@ class LanguageModel:
         name = f"blocks.{layer}.attn.hook_pattern"
         return self.capture(tokens, [name])[name]
 
-    @torch.no_grad()
     def cross_entropy(
         self,
         tokens: Int[Tensor, "batch context"],
         layer: int | None = None,
         pattern: Float[Tensor, "batch n_heads context context"] | None = None,
+        products: torch.dtype = torch.float32,
     ) -> tuple[float, int]:
         """Next-token cross-entropy in nats, summed, and the number of predicted tokens, batch · (context − 1).
 
-        With `pattern`, `layer` attends by it instead of by its own.
+        With `pattern`, `layer` attends by it instead of by its own. Matrix products are made in `products`.
         """
-        hooks = [] if pattern is None else [(f"blocks.{layer}.attn.hook_pattern", lambda own, hook: pattern)]
+        if layer is None or pattern is None:
+            return self._run_to_loss(tokens, products), tokens[:, 1:].numel()
+        (patched,) = self.cross_entropies(tokens, layer, [lambda: pattern], products)
+        return patched, tokens[:, 1:].numel()
+
+    def cross_entropies(
+        self,
+        tokens: Int[Tensor, "batch context"],
+        layer: int,
+        patterns: Sequence[Callable[[], Float[Tensor, "batch n_heads context context"]]],
+        products: torch.dtype = torch.float32,
+        threads: int = 1,
+    ) -> list[float]:
+        """Summed cross-entropy (nats) for each of the patterns that `layer` is made to attend by.
+
+        `threads` run different patterns, each with single-threaded arithmetic, and each asks for its pattern itself.
+        """
+        of_thread = threading.local()
+
+        def patch(own: Tensor, hook: object) -> Tensor:
+            return of_thread.pattern.to(own)
+
+        def run(pattern: Callable[[], Tensor]) -> float:
+            of_thread.pattern = pattern()
+            return self._run_to_loss(tokens, products)
+
+        with (
+            self.bridge.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", patch)]),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            return list(pool.map(run, patterns))
+
+    @torch.no_grad()
+    def _run_to_loss(self, tokens: Int[Tensor, "batch context"], products: torch.dtype) -> float:
         tokens = tokens.to(self.device)
-        logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, use_cache=False)
+        with torch.autocast(self.device.type, products, enabled=products != torch.float32):
+            logits = self.bridge(tokens, use_cache=False)
         # one sequence at a time: log-probabilities of a whole batch would be as large as the logits again
-        total = sum(
+        return sum(
             torch.nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item()
             for row, target in zip(logits, tokens, strict=True)
         )
-        return total, tokens[:, 1:].numel()
 
 
 def load_language_model(config: ModelConfig, device: str = "cpu") -> LanguageModel:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qkmodel.activations import ActivationCache
+from qkmodel.activations import DTYPES, ActivationCache
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.attention_extraction import extract_attention_layer
 from qkmodel.configs import TrainingConfig
@@ -72,7 +72,8 @@ class ReferenceHeader(Schema):
 def reference_path(cache: ActivationCache, layer: int, training: TrainingConfig) -> Path:
     """Where the reference of one layer lives; its name holds what its figures depend on."""
     means = min(MEAN_SEQUENCES, sequences_per_epoch(training, cache.context, cache.train_sequences_available))
-    name = f"L{layer:02d}-m{means}-v{training.validation_sequences}-c{training.patched_sequences}"
+    patched = f"c{training.patched_sequences}-{cache.manifest.key.products}"
+    name = f"L{layer:02d}-m{means}-v{training.validation_sequences}-{patched}"
     return cache.folder / "reference" / f"{name}.safetensors"
 
 
@@ -179,7 +180,8 @@ def _cross_entropies(
         pattern = attention.pattern(
             *_mean_queries_keys(attention, mean_query, mean_key, tokens.shape[0], tokens.shape[1])
         )
-        batch_clean, batch_count = model.cross_entropy(tokens)
-        batch_ablated, _ = model.cross_entropy(tokens, attention.geometry.layer, pattern)
+        products = DTYPES[cache.manifest.key.products]
+        batch_clean, batch_count = model.cross_entropy(tokens, products=products)
+        batch_ablated, _ = model.cross_entropy(tokens, attention.geometry.layer, pattern, products)
         clean, ablated, count = clean + batch_clean, ablated + batch_ablated, count + batch_count
     return clean / count, ablated / count

@@ -93,6 +93,7 @@ def template(folder: Path, layer: int) -> Callable[..., PackOrder]:
         threads=2,
         sweep_folder=folder,
         cache_folder=folder / "cache",
+        streamed=False,
         reference_file=folder / "reference",
         model_identity=ModelIdentity(
             config=ModelConfig(name="smollm2-135m"), weights_sha256="aa", layer=layer, hook="hook"

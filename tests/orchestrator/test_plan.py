@@ -14,8 +14,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_checks import machine_cpus
-from qkmodel.activation_space import request_bytes
-from qkmodel.activations import missing_work
+from qkmodel.activations import CacheRequest, missing_work, request_bytes
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import TOPK_GRID, write_sweep
 
@@ -79,9 +78,23 @@ def test_counts_of_a_sweep_that_was_never_started(tmp_path: Path) -> None:
     assert plan.corpus.documents == 12
     assert plan.sequences == {"train": 33, "validation": 16}
     # shards are built whole; per sequence and layer 128 x 576 activations of two bytes, once 128 token ids of four
-    missing = missing_work(plan.cached, plan.config.layers, plan.sequences)
+    request = plan.cache_request(plan.cached)
+    missing = missing_work(plan.cached, request)
     assert (missing.sequences, missing.bytes) == (128, 128 * 128 * (2 * 576 * 2 + 4))
-    assert request_bytes(plan.cached, plan.config.layers, plan.sequences) == missing.bytes
+    assert request_bytes(plan.cached, request) == missing.bytes
+
+
+def test_a_cache_over_its_limit_keeps_tokens_validation_and_what_means_need(tmp_path: Path) -> None:
+    # 504 sequences in eight shards, and one of validation; 128 x 576 activations of two bytes, 128 tokens of four
+    tokens, layer = 128 * 4, 128 * 576 * 2
+    whole = (512 + 64) * (2 * layer + tokens)
+    for limit, stored in ((whole, 504), (whole - 1, 256)):
+        plan = plan_of(write_sweep(tmp_path), f"training.tokens={504 * 128}", f"activations.max_bytes={limit}")
+        request = plan.cache_request(plan.cached)
+        assert request.tokens == {"train": 504, "validation": 16}
+        assert request.activations == {"train": stored, "validation": 16}
+        assert request.streamed_sequences == 504 - stored
+    assert request_bytes(plan.cached, request) == (512 + 64) * tokens + (256 + 64) * 2 * layer
 
 
 @pytest.mark.parametrize(
@@ -257,4 +270,5 @@ def test_huge_numbers_are_reckoned_with_not_listed(tmp_path: Path, overrides: li
     train, validation = plan.sequences_in_shards
     assert 0 <= train - plan.train_sequences < 64 and 0 <= validation - plan.validation_sequences < 64
     # the first asks for 5,208,348,959 shards
-    assert missing_work(plan.cached, plan.config.layers, plan.sequences).sequences == train + validation
+    request = CacheRequest(plan.config.layers, plan.sequences, plan.sequences)
+    assert missing_work(plan.cached, request).sequences == train + validation

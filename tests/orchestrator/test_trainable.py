@@ -23,7 +23,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def order(world: SmallWorld, folder: Path, rates: dict[str, float], steps_done: int = 0) -> dict[str, str]:
+def order(
+    world: SmallWorld, folder: Path, rates: dict[str, float], steps_done: int = 0, streamed: bool = False
+) -> dict[str, str]:
     """The Tune configuration of a pack of TopK trainings with these learning rates."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     members = tuple(
@@ -40,6 +42,7 @@ def order(world: SmallWorld, folder: Path, rates: dict[str, float], steps_done: 
         threads=1,
         sweep_folder=folder,
         cache_folder=world.cache.folder,
+        streamed=streamed,
         reference_file=reference_path(world.cache, LAYER, world.training),
         model_identity=ModelIdentity(config=ModelConfig(name="random"), weights_sha256="w", layer=LAYER, hook="h"),
         corpus_identity=CorpusIdentity(config=CorpusConfig(name="c"), bos="b", sha256="c"),

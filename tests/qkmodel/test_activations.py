@@ -15,10 +15,11 @@ from qkmodel.activations import (
     MANIFEST,
     SHARD_SEQUENCES,
     TENSOR_NAME,
+    TOKENS,
     ActivationCache,
     CacheKey,
+    CacheRequest,
     Manifest,
-    cache_bytes,
     map_shard,
     missing_work,
     read_manifest,
@@ -93,13 +94,16 @@ class SmallCorpus:
         )
 
 
-def build(root, *, layers=(2,), train=100, validation=70, model=None, corpus=None, max_bytes=PLENTY, **key_fields):
+def build(
+    root, *, layers=(2,), train=100, validation=70, streamed=0, model=None, corpus=None, max_bytes=PLENTY, **key_fields
+):
     return build_activation_cache(
         root,
         key(**key_fields),
         layers=layers,
         train_sequences=train,
         validation_sequences=validation,
+        streamed_sequences=streamed,
         max_bytes=max_bytes,
         model_loader=lambda: model or SmallModel(),
         corpus_loader=corpus or SmallCorpus(),
@@ -298,7 +302,7 @@ def test_an_unknown_manifest_is_refused_and_left_alone(tmp_path, content, messag
 
 
 def test_limits_are_refused_before_anything_is_written(tmp_path):
-    needed = cache_bytes(key(), [2, 4], 128 + 100)
+    needed = 228 * (key().bytes_per_sequence(TOKENS) + 2 * key().bytes_per_sequence("L02"))
     with pytest.raises(InputError, match=r"activations\.max_bytes: 228 sequences of 6 tokens at 2 layers") as error:
         build(tmp_path / "new", layers=[2, 4], validation=100, max_bytes=needed - 1, model=refuse)
     assert "raise it" in str(error.value)
@@ -318,11 +322,12 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
 def test_missing_work_is_what_the_build_then_does(tmp_path):
     def work(layers, train, validation):
         manifest = read_manifest(tmp_path / key().folder_name) or Manifest.empty(key())
-        return missing_work(manifest, layers, {"train": train, "validation": validation})
+        wanted = {"train": train, "validation": validation}
+        return missing_work(manifest, CacheRequest(tuple(layers), wanted, wanted))
 
     everything = work([2, 4], 100, 70)
     assert everything.sequences == 256
-    assert everything.bytes == cache_bytes(key(), [2, 4], 256)
+    assert everything.bytes == 256 * CONTEXT * (2 * D_MODEL * 2 + 4)
     build(tmp_path, layers=[4], train=50, validation=128)
     model = SmallModel()
     left = work([2, 4], 100, 70)
@@ -330,6 +335,19 @@ def test_missing_work_is_what_the_build_then_does(tmp_path):
     assert left.sequences == model.forwarded == 128 + 100
     assert left.bytes == 228 * CONTEXT * D_MODEL * 2 + 64 * CONTEXT * (D_MODEL * 2 + 4)
     assert work([2, 4], 100, 70).sequences == work([2, 4], 100, 70).bytes == 0
+
+
+def test_streamed_sequences_are_cached_as_tokens_alone(tmp_path):
+    cache = build(tmp_path, train=64, streamed=128)
+    assert cache.tokens("train", range(192)).shape == (192, CONTEXT)
+    assert cache.read(2, "train", range(64)).isfinite().all()
+    with pytest.raises(InputError, match="L02/train-00001"):
+        cache.read(2, "train", [64])
+    # the same once more runs nothing, and a wish for all of it only what is missing
+    build(tmp_path, train=64, streamed=128, model=refuse)
+    model = SmallModel()
+    build(tmp_path, train=192, model=model)
+    assert model.forwarded == 128
 
 
 def test_a_corpus_that_changed_is_noticed(tmp_path):

@@ -137,14 +137,19 @@ def test_cached_activations_stay_close_to_exact_ones(trained: tuple[SmallWorld, 
 
 def test_cross_entropy_of_patched_patterns(trained: tuple[SmallWorld, QKTranscoder]) -> None:
     world, transcoder = trained
-    metrics = evaluate_cross_entropy(transcoder, world.layer, world.model, world.cache, world.reference, 5)
+    other = PackTrainer([TOPK], world.layer, world.cache, world.reference, world.training, seed=0).members[0].transcoder
+    arguments = world.layer, world.model, world.cache, world.reference, 5
+    metrics, others = evaluate_cross_entropy([transcoder, other], *arguments, threads=2)
+    assert evaluate_cross_entropy([other], *arguments) == [others] != [metrics]
     tokens = world.cache.tokens("validation", range(5))
-    x = world.model.attention_inputs(tokens, [LAYER])[LAYER]
+    x = world.cache.read(LAYER, "validation", range(5))
     q_hat, k_hat = (flat.unflatten(-1, (-1, world.layer.geometry.d_head)) for flat in transcoder(x))
-    total, count = world.model.cross_entropy(tokens, LAYER, world.layer.pattern(q_hat, k_hat))
+    pattern = world.layer.pattern(q_hat, k_hat)
+    total, count = world.model.cross_entropy(tokens, LAYER, pattern, torch.bfloat16)
     assert metrics["ce_patched"] == pytest.approx(total / count, rel=1e-6)
-    clean, _ = world.model.cross_entropy(tokens)
+    clean, _ = world.model.cross_entropy(tokens, products=torch.bfloat16)
     assert metrics["ce_clean"] == pytest.approx(clean / count, rel=1e-6)
+    assert clean / count == pytest.approx(world.model.cross_entropy(tokens)[0] / count, rel=1e-2)
     spread = metrics["ce_ablated"] - metrics["ce_clean"]
     if spread < 0.01:
         assert metrics["ce_recovered"] is None
