@@ -1,7 +1,7 @@
 """How fast the engine trains, against the loop that public code runs: the numbers of the README's table.
 
 16 trainings (TopK 16, 1,024 features a side, context 128, 410 k tokens each) on a layer of SmolLM2, activation cache,
-reference and final metrics included, against
+reference, reports and final metrics included, against
 
     plain   one training at a time; every batch goes through the model again; float32; three KLDivLoss of masked
             log-softmax by autograd; torch's Adam
@@ -11,7 +11,8 @@ timed on a stretch of steps with all cores. What the plain loop would reach is f
 same batches (without recomputing the forward, which would only take longer). A quarter of an hour for both layers on
 two cores. The last line of standard output is JSON, by layer:
 
-    {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …}, "bf16": {…}, "kl": …, "plain_kl": …, "parts": {…}}}
+    {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …}, "bf16": {…}, "kl": …, "plain_kl": …, "parts": {…},
+           "evaluation_share_of_training": …, "cross_entropy_seconds": … of all 16, not in the engine's time}}
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import batch_sequences, sequences_per_epoch
-from qkmodel.evaluation import evaluate
+from qkmodel.evaluation import evaluate, evaluate_cross_entropy
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.language_model import LanguageModel
 from qkmodel.pack import PackTrainer
@@ -42,6 +44,7 @@ MEMBERS = [
     Hyperparameters(dictionary_size=1024, activation="topk", k=16, learning_rate=6e-3, seed=seed) for seed in range(16)
 ]
 TIMED_STEPS = 8
+BRIEF_SEQUENCES = 8
 
 
 def main() -> None:
@@ -65,6 +68,8 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
             "engine_tokens_per_second": round(tokens / seconds),
             "kl": round(kl, 4),
             "parts": {name: round(value, 1) for name, value in parts.items()},
+            "evaluation_share_of_training": round((parts["reports"] + parts["final metrics"]) / parts["training"], 4),
+            "cross_entropy_seconds": round(cross_entropy_seconds(model, pack), 1),
         }
         torch.set_num_threads(threads)
         for name, dtype in (("plain", torch.float32), ("bf16", torch.bfloat16)):
@@ -92,10 +97,34 @@ def run_engine(
     pack = timed(
         parts, "initialisation", lambda: PackTrainer(MEMBERS, attention, cache, reference, TRAINING, 0, threads)
     )
-    timed(parts, "training", lambda: pack.train(pack.steps_planned))
     transcoders = [member.transcoder for member in pack.members]
-    metrics = timed(parts, "evaluation", lambda: evaluate(transcoders, attention, cache, reference, 200, threads))
+
+    def measure_on(sequences: int) -> list[dict[str, float]]:
+        return evaluate(transcoders, attention, cache, reference, sequences, threads)
+
+    # as a sweep's pack does: a brief look after each eighth, everything at the end
+    interval = round(pack.steps_planned / 8)
+    timed(parts, "training", lambda: pack.train(interval))
+    while not pack.finished:
+        timed(parts, "reports", lambda: measure_on(BRIEF_SEQUENCES))
+        timed(parts, "training", lambda: pack.train(interval))
+    metrics = timed(parts, "final metrics", lambda: measure_on(TRAINING.validation_sequences))
     return parts, pack, sorted(one["kl"] for one in metrics)[len(metrics) // 2]
+
+
+def cross_entropy_seconds(model: LanguageModel, pack: PackTrainer) -> float:
+    """Seconds for patching each member's pattern into the model, on as many sequences as a sweep does by default."""
+    parts: dict[str, float] = {}
+    transcoders = [member.transcoder for member in pack.members]
+    zero = replace(pack.reference, ce_clean=0.0, ce_ablated=0.0)
+    sequences = TrainingConfig(tokens=1).cross_entropy_sequences
+    torch.set_num_threads(1)
+    timed(
+        parts,
+        "cross-entropy",
+        lambda: evaluate_cross_entropy(transcoders, pack.layer, model, pack.cache, zero, sequences, pack.threads),
+    )
+    return parts["cross-entropy"]
 
 
 class PlainTraining:
@@ -162,7 +191,7 @@ def plain_kl(pack: PackTrainer) -> float:
 def timed(parts: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
     started = time.perf_counter()
     result = work()
-    parts[name] = time.perf_counter() - started
+    parts[name] = parts.get(name, 0.0) + time.perf_counter() - started
     return result
 
 

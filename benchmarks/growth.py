@@ -21,6 +21,7 @@ from qkmodel.configs import TrainingConfig
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.member import Member
 from qkmodel.pack import shared_batch
+from qkmodel.pack_memory import LIBRARIES_BYTES, pack_bytes
 from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 
@@ -46,6 +47,7 @@ def main() -> None:
         for value in values:
             figures = point(**{name: value})
             figures["peak_mb"] = round(figures["peak_mb"] - idle, 1)
+            figures["predicted_mb"] = predicted_mb(**{name: value})
             found[name][str(value)] = figures
             print(f"{name} {value}: {figures}", flush=True)
     print(json.dumps(found))
@@ -61,8 +63,7 @@ def measure(dictionary_size: int = 1024, context: int = 128, members: int = 1) -
     torch.set_num_threads(1)
     layer, reference = small_layer()
     training = TrainingConfig(tokens=10**6, batch_sequences=TOKENS // context)
-    hyperparameters = Hyperparameters(dictionary_size=dictionary_size, activation="topk", k=16, learning_rate=3e-3)
-    pack = [Member(hyperparameters, layer, reference, training) for _ in range(members)]
+    pack = [Member(training_of(dictionary_size), layer, reference, training) for _ in range(members)]
     x = torch.randn(TOKENS // context, context, layer.geometry.d_model, generator=torch.Generator().manual_seed(0))
     seconds = []
     for _ in range(STEPS):
@@ -76,6 +77,17 @@ def measure(dictionary_size: int = 1024, context: int = 128, members: int = 1) -
         return {"peak_mb": peak_mb}
     step = sorted(seconds[1:])[len(seconds) // 2 - 1] / members
     return {"ms_per_member_step": round(1e3 * step, 2), "tokens_per_second": round(TOKENS / step), "peak_mb": peak_mb}
+
+
+def predicted_mb(dictionary_size: int = 1024, context: int = 128, members: int = 1) -> float:
+    """What `pack: auto` reckons with, without the idle process."""
+    pack = [training_of(dictionary_size)] * members
+    layer, _ = small_layer()
+    return round((pack_bytes(pack, layer.geometry, TOKENS // context, context, 1) - LIBRARIES_BYTES) / 1e6, 1)
+
+
+def training_of(dictionary_size: int) -> Hyperparameters:
+    return Hyperparameters(dictionary_size=dictionary_size, activation="topk", k=16, learning_rate=3e-3)
 
 
 def small_layer() -> tuple[AttentionLayer, LayerReference]:

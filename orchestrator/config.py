@@ -51,9 +51,6 @@ def _not_built(what: str, absent: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Gpu = Annotated[int, _not_built("trainings and activations on a GPU", 0)]
-
-
 class SearchConfig(Schema):
     """What to try. `trainings` is the budget of one layer; `space` holds one or more alternatives.
 
@@ -85,17 +82,20 @@ class SearchConfig(Schema):
 
 
 class PackResources(Schema):
-    """What Ray reserves for one pack. With a share of a CPU, more packs than CPUs run at once."""
+    """What Ray reserves for one pack. With a share of a CPU (GPU), more packs than CPUs (GPUs) run at once.
+
+    With any share of a GPU the pack trains there.
+    """
 
     cpu: Number = Field(default=1, ge=0.1)
-    gpu: Gpu = 0
+    gpu: Number = Field(default=0, ge=0, le=1)
 
 
 class ActivationResources(Schema):
-    """How many CPUs the building of the activation cache uses; None: all that the machine has."""
+    """How many CPUs the building of the activation cache uses (None: all that the machine has), and whether a GPU."""
 
     cpu: WholeNumber | None = Field(default=None, gt=0)
-    gpu: Gpu = 0
+    gpu: WholeNumber = Field(default=0, ge=0, le=1)
 
 
 class ResourcesConfig(Schema):

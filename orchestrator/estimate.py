@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from orchestrator.late_checks import CheckedPlan, cache_threads
+from orchestrator.pack_size import geometry_of, kinds_of_training
 from orchestrator.plan import SweepPlan
-from orchestrator.search.space import extremes
 from qkmodel.activations import DTYPES, MissingWork, missing_work, request_bytes
-from qkmodel.attention import AttentionGeometry, AttentionLayer
-from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.attention import AttentionLayer
 from qkmodel.language_model import LanguageModel
 from qkmodel.member import Member, SharedBatch
 from qkmodel.pack import shared_batch
@@ -56,31 +55,35 @@ def estimate(checked: CheckedPlan) -> Estimate:
         return Estimate(whole, MissingWork(0, 0), False, 0.0, 0.0, 0.0)
     missing = missing_work(checked.manifest, checked.request)
     streamed = checked.request.streamed_sequences > 0
-    forward_seconds, whole_model_seconds, step_seconds = _measure(plan, checked.load_model())
+    forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, checked.load_model())
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
     evaluation_batches = plan.validation_sequences / EVALUATION_BATCH
     model_batches = config.training.patched_sequences / EVALUATION_BATCH
     threads = min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
     at_once = min(plan.slots, plan.packs) * threads
     share = plan.trainings_left / at_once
-    streaming_seconds = plan.packs / at_once * steps * config.training.batch_sequences / EVALUATION_BATCH
+    if streamed:
+        shared_seconds += forward_seconds * config.training.batch_sequences / EVALUATION_BATCH
     return Estimate(
         cache_bytes=whole,
         cache=missing,
         streamed=streamed,
         cache_seconds=missing.sequences / EVALUATION_BATCH * forward_seconds / cache_threads(config),
-        training_seconds=share * steps * step_seconds + (streaming_seconds * forward_seconds if streamed else 0.0),
+        training_seconds=steps * (share * step_seconds + plan.packs / at_once * shared_seconds),
         evaluation_seconds=share * (evaluation_batches * step_seconds + model_batches * whole_model_seconds),
     )
 
 
-def _measure(plan: SweepPlan, model: LanguageModel) -> tuple[float, float, float]:
-    """Seconds of one thread: forward passes of `EVALUATION_BATCH` sequences, to the deepest requested layer and through
-    the whole model, and a training's step."""
+def _measure(plan: SweepPlan, model: LanguageModel) -> tuple[float, float, float, float]:
+    """Seconds of one thread.
+
+    Forward passes of `EVALUATION_BATCH` sequences, to the deepest requested layer and through the whole model; what a
+    pack shares of a step; a training's own part of it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return *_forward_seconds(plan, model), _step_seconds(plan)
+        return *_forward_seconds(plan, model), *_step_seconds(plan)
     finally:
         torch.set_num_threads(threads)
 
@@ -95,14 +98,17 @@ def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, floa
     )
 
 
-def _step_seconds(plan: SweepPlan) -> float:
-    """Mean over the kinds of training in the space."""
-    layer = _random_layer(plan)
-    x = torch.randn(plan.config.training.batch_sequences, plan.config.corpus.context, layer.geometry.d_model)
+def _step_seconds(plan: SweepPlan) -> tuple[float, float]:
+    """What a pack shares, and the mean over the kinds of training in the space of what it does not."""
+    layer = _random_layer(plan).to(plan.device)
+    shape = (plan.config.training.batch_sequences, plan.config.corpus.context, layer.geometry.d_model)
+    x = torch.randn(shape, device=plan.device)
     training, reference = plan.config.training, _neutral_reference(layer)
-    batch = shared_batch(x, layer, reference, product_dtype(training.precision, x.device))
-    kinds = _kinds(plan)
-    return sum(_member_seconds(Member(kind, layer, reference, training), batch) for kind in kinds) / len(kinds)
+    dtype = product_dtype(training.precision, x.device)
+    batch = shared_batch(x, layer, reference, dtype)
+    kinds = kinds_of_training(plan.config.search.space)
+    own = sum(_member_seconds(Member(kind, layer, reference, training), batch) for kind in kinds) / len(kinds)
+    return _seconds(lambda: shared_batch(x, layer, reference, dtype)), own
 
 
 def _member_seconds(member: Member, batch: SharedBatch) -> float:
@@ -114,39 +120,21 @@ def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     for _ in range(TIMED_STEPS):
         work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - started) / TIMED_STEPS
 
 
-def _kinds(plan: SweepPlan) -> list[Hyperparameters]:
-    """One training for each dictionary size and activation of the space; nothing else changes a step's cost."""
-    kinds = {}
-    for space in plan.config.search.space:
-        first = {name: extremes(name, setting)[0] for name, setting in space.items()}
-        for size in extremes("dictionary_size", space["dictionary_size"]):
-            for activation in extremes("activation", space["activation"]):
-                kinds[size, activation] = Hyperparameters(**first | {"dictionary_size": size, "activation": activation})
-    return list(kinds.values())
-
-
 def _random_layer(plan: SweepPlan) -> AttentionLayer:
-    model = plan.model
-    geometry = AttentionGeometry(
-        architecture="random",
-        layer=0,
-        d_model=model.d_model,
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        d_head=model.d_head,
-        rotary_dim=model.d_head // 2 * 2,
-        scale=model.d_head**-0.5,
-    )
+    geometry = geometry_of(plan.model)
     shapes = geometry.tensor_shapes()
     return AttentionLayer.from_tensors(
-        geometry, {name: torch.randn(shape) * model.d_model**-0.5 for name, shape in shapes.items()}
+        geometry, {name: torch.randn(shape) * geometry.d_model**-0.5 for name, shape in shapes.items()}
     )
 
 
 def _neutral_reference(layer: AttentionLayer) -> LayerReference:
-    geometry = layer.geometry
-    means = (geometry.d_model, geometry.n_heads * geometry.d_head, geometry.n_kv_heads * geometry.d_head)
-    return LayerReference(*map(torch.zeros, means), 1.0, 1.0, 1.0, 0.0, None, None)
+    geometry, device = layer.geometry, layer.w_q.device
+    sizes = (geometry.d_model, geometry.n_heads * geometry.d_head, geometry.n_kv_heads * geometry.d_head)
+    means = (torch.zeros(size, device=device) for size in sizes)
+    return LayerReference(*means, 1.0, 1.0, 1.0, 0.0, None, None)

@@ -78,7 +78,7 @@ def _model_loader(plan: SweepPlan, say: Callable[[str], None]) -> "Callable[[], 
         from qkmodel.language_model import load_language_model
 
         say(f"loading {plan.config.model.name}")
-        return load_language_model(plan.config.model)
+        return load_language_model(plan.config.model, "cuda" if plan.config.resources.activations.gpu else "cpu")
 
     return load
 

@@ -1,6 +1,7 @@
 """What the driver asks of a worker: one pack, and what the worker answers at every report."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -30,6 +31,7 @@ class PackOrder(Schema):
     pack_id: str
     members: tuple[MemberOrder, ...] = Field(min_length=1)
     steps_done: int = Field(ge=0)
+    device: Literal["cpu", "cuda"]
     threads: int = Field(ge=1)
     sweep_folder: Path
     cache_folder: Path

@@ -204,10 +204,10 @@ class PackQueue:
 
 def _machine(order: PackOrder) -> dict[str, int | str]:
     """What a training ran on, and what its settings came to there."""
-    products = product_dtype(order.training.precision, torch.device("cpu"))
+    products = product_dtype(order.training.precision, torch.device(order.device))
     return {
         "threads": order.threads,
-        "device": "cpu",
+        "device": order.device,
         "products": str(products).removeprefix("torch."),
         "activations": "streamed" if order.streamed else "cached",
         "node": platform.node(),

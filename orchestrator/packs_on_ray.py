@@ -15,7 +15,7 @@ from ray import tune
 
 from orchestrator.pack_queue import PackQueue
 from orchestrator.plan import SweepPlan
-from orchestrator.plan_checks import machine_cpus
+from orchestrator.plan_checks import machine_cpus, machine_gpus
 from orchestrator.search.searcher import PackSearcher
 from orchestrator.trainable import PackTrainable
 
@@ -59,7 +59,7 @@ def train_packs(plan: SweepPlan, queue: PackQueue) -> None:
     resources = plan.config.resources.pack
     with _scratch(plan.folder / SCRATCH_FOLDER) as scratch, _local_ray():
         tuner = tune.Tuner(
-            tune.with_resources(PackTrainable, {"cpu": resources.cpu}),
+            tune.with_resources(PackTrainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
             tune_config=tune.TuneConfig(
                 search_alg=PackSearcher(queue, capacity=lambda: plan.slots),
                 num_samples=UNLIMITED,
@@ -91,6 +91,7 @@ def _local_ray() -> Iterator[None]:
         ray.init(
             address="local",
             num_cpus=machine_cpus(),
+            num_gpus=machine_gpus(),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

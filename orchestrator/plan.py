@@ -13,6 +13,7 @@ from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
 from orchestrator.pack_order import DIVERGED
+from orchestrator.pack_size import automatic_pack_size, memory_of_pack
 from orchestrator.plan_checks import (
     CACHE_FOLDER,
     check_model,
@@ -20,6 +21,7 @@ from orchestrator.plan_checks import (
     check_storage,
     check_tracking,
     machine_cpus,
+    machine_gpus,
 )
 from orchestrator.search.samplers import resolve_auto
 from orchestrator.search.space import canonical, contains, enumerate_space, grid
@@ -41,10 +43,6 @@ from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
 from qkmodel.model_description import ModelDescription, describe_model
 from qkmodel.products import forward_products
 from qkmodel.reference import MEAN_SEQUENCES
-
-# Larger packs share more, but report and adapt later: a search that learns from results wants them early.
-LARGEST_PACK = 8
-LARGEST_ADAPTIVE_PACK = 4
 
 
 @dataclass(frozen=True)
@@ -123,18 +121,31 @@ class SweepPlan:
     @property
     def slots(self) -> int:
         """Packs that this machine runs at once."""
+        pack = self.config.resources.pack
         # 0.3 / 0.1 is a little less than 3
-        return max(1, math.floor(machine_cpus() / self.config.resources.pack.cpu + 1e-9))
+        slots = math.floor(machine_cpus() / pack.cpu + 1e-9)
+        if pack.gpu > 0:
+            slots = min(slots, machine_gpus() * math.floor(1 / pack.gpu + 1e-9))
+        return max(1, slots)
 
     @property
+    def device(self) -> str:
+        """Where packs train."""
+        return "cuda" if self.config.resources.pack.gpu > 0 else "cpu"
+
+    @cached_property
     def pack_size(self) -> int:
-        """Trainings per pack: what the file says, or for `auto` enough packs to fill the machine, up to a limit."""
+        """Trainings per pack: what the file says, or what suits this machine."""
         if self.config.pack != "auto":
             return self.config.pack
-        limit = LARGEST_PACK if self.sampler in ("grid", "random") else LARGEST_ADAPTIVE_PACK
         per_layer = max((study.to_train for study in self.studies), default=1)
-        share = math.ceil(self.trainings_left / self.slots)
-        return max(1, min(limit, per_layer, share))
+        adaptive = self.sampler not in ("grid", "random")
+        return automatic_pack_size(self.config, self.model, self.trainings_left, per_layer, self.slots, adaptive)
+
+    @property
+    def pack_bytes(self) -> int:
+        """Memory that a pack takes, by a model of its shapes."""
+        return memory_of_pack(self.config, self.model, self.pack_size)
 
     @property
     def packs(self) -> int:

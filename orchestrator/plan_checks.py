@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
@@ -20,6 +21,11 @@ def machine_cpus() -> int:
     """CPUs that this process may use."""
     # macOS has no affinity
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_gpus() -> int:
+    """GPUs that this process sees."""
+    return torch.cuda.device_count()
 
 
 def check_storage(name: str, storage: Path) -> None:
@@ -53,10 +59,11 @@ def check_model(config: SweepConfig, model: ModelDescription) -> None:
 
 
 def check_resources(config: SweepConfig) -> None:
-    """Refuses more CPUs than there are."""
-    for key, cpus in (("pack", config.resources.pack.cpu), ("activations", config.resources.activations.cpu)):
-        if cpus is not None and cpus > machine_cpus():
-            raise InputError(f"resources.{key}.cpu: {cpus:g} is more than this machine has; at most {machine_cpus()}")
+    """Refuses more CPUs or GPUs than there are."""
+    for key, wanted in (("pack", config.resources.pack), ("activations", config.resources.activations)):
+        for kind, count, there in (("cpu", wanted.cpu, machine_cpus()), ("gpu", wanted.gpu, machine_gpus())):
+            if count is not None and count > there:
+                raise InputError(f"resources.{key}.{kind}: {count:g} is more than this machine has; at most {there}")
 
 
 def check_tracking(tracking: str | None) -> None:

@@ -28,7 +28,7 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
     lines = [
         f"model {plan.model.name}, corpus {config.corpus.name}{_documents(plan)}, sampler {plan.sampler}",
         f"{counted(plan.trainings_left, 'training')} in {counted(plan.packs, 'pack')} of up to {plan.pack_size}, "
-        f"{counted(plan.slots, 'pack')} at once",
+        f"{counted(plan.slots, 'pack')} at once, each of about {size(plan.pack_bytes)} of memory",
         f"activation cache {size(estimate.cache_bytes)} (limit {size(config.activations.max_bytes)}), "
         f"{size(estimate.cache.bytes)} of it still to be written",
     ]
@@ -67,6 +67,7 @@ def estimate_record(plan: SweepPlan, estimate: Estimate) -> dict[str, Any]:
         "packs": plan.packs,
         "pack_size": plan.pack_size,
         "packs_at_once": plan.slots,
+        "pack_bytes": plan.pack_bytes,
         "tokens": plan.trainings_left * plan.tokens_per_training,
         "cache_bytes": estimate.cache_bytes,
         "cache_bytes_missing": estimate.cache.bytes,

@@ -152,6 +152,7 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
     checkpoint_path(plan.folder, "").parent.mkdir(parents=True, exist_ok=True)
     template = partial(
         PackOrder,
+        device=plan.device,
         threads=max(1, int(config.resources.pack.cpu)),
         sweep_folder=plan.folder,
         cache_folder=prepared.cache.folder,

@@ -58,7 +58,7 @@ class PackTrainable(tune.Trainable):
         # threads take different members, so that no result depends on how many there are
         torch.set_num_threads(1)
         self._cache = ActivationCache.open(order.cache_folder)
-        self._layer, self._reference = load_reference(order.reference_file)
+        self._layer, self._reference = load_reference(order.reference_file, order.device)
         self._trainer = PackTrainer(
             [member.hyperparameters for member in order.members],
             self._layer,
@@ -152,7 +152,7 @@ class PackTrainable(tune.Trainable):
         from qkmodel.language_model import load_language_model
 
         identity = self._order.model_identity
-        model = load_language_model(identity.config)
+        model = load_language_model(identity.config, self._order.device)
         if model.description.weights_sha256 != identity.weights_sha256:
             raise InputError(
                 f"model {identity.config.name}: its files changed since the sweep was started; start it again"

@@ -101,13 +101,14 @@ class Member:
         loss = pattern_loss.total
         loss = loss + self.penalties["query"](self.transcoder.query, query, progress)
         loss = loss + self.penalties["key"](self.transcoder.key, key, progress)
-        self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.transcoder.parameters(), self.gradient_clip)
         for group in self.optimiser.param_groups:
             group["lr"] = self.hyperparameters.learning_rate * learning_rate_factor
         self.optimiser.step()
+        # now, not before the next step: members that wait hold no gradients
+        self.optimiser.zero_grad(set_to_none=True)
         counted = q_hat.shape[0] * (context - 1)
         l0 = {"query": query.active / counted, "key": key.active / counted}
         for name, value in l0.items():

@@ -116,10 +116,11 @@ def _compute(
 ) -> tuple[AttentionLayer, LayerReference]:
     check = min(CACHE_CHECK_SEQUENCES, training.validation_sequences)
     tokens = cache.tokens("validation", list(range(check)))
-    attention = extract_attention_layer(model, layer, tokens)
+    # what the cache holds is on the CPU, wherever the model is
+    attention = extract_attention_layer(model, layer, tokens).cpu()
     mean_input, mean_query, mean_key, input_rms = _means(cache, attention, training)
     kl_baseline, kl_baseline_no_bos = _baselines(cache, attention, training.validation_sequences, mean_query, mean_key)
-    exact = model.attention_inputs(tokens, [layer])[layer]
+    exact = model.attention_inputs(tokens, [layer])[layer].cpu()
     cached = cache.read(layer, "validation", list(range(check)))
     log_p, log_p_cached = (attention.scores(*attention.project(x)).log_softmax(-1) for x in (exact, cached))
     ce_clean, ce_ablated = _cross_entropies(cache, attention, model, training.patched_sequences, mean_query, mean_key)

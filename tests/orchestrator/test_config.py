@@ -120,10 +120,10 @@ BROKEN_VALUES = {
     "unknown dtype": ("name: good", "name: good\nactivations: {dtype: float31}", ["dtype", '"float31"', "float32?"]),
     "pack of none": ("name: good", "name: good\npack: 0", ["pack", "0", "auto"]),
     "no CPU": ("name: good", "name: good\nresources: {pack: {cpu: 0}}", ["resources.pack.cpu", "0", "at least 0.1"]),
-    "a GPU, which nothing uses": (
+    "two GPUs for a pack": (
         "name: good",
-        "name: good\nresources: {pack: {gpu: 1}}",
-        ["resources.pack.gpu", "not built yet", "write 0"],
+        "name: good\nresources: {pack: {gpu: 2}}",
+        ["resources.pack.gpu", "2", "less than or equal to 1"],
     ),
     "tracking into a folder": ("name: good", "name: good\ntracking: mlruns", ["tracking", '"mlruns"', "http://"]),
     "tracking on a host without one": (

@@ -94,6 +94,7 @@ def template(folder: Path, layer: int) -> Callable[..., PackOrder]:
         sweep_folder=folder,
         cache_folder=folder / "cache",
         streamed=False,
+        device="cpu",
         reference_file=folder / "reference",
         model_identity=ModelIdentity(
             config=ModelConfig(name="smollm2-135m"), weights_sha256="aa", layer=layer, hook="hook"

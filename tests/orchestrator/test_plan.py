@@ -113,6 +113,39 @@ def test_pack_size(tmp_path: Path, overrides: list[str], size: int) -> None:
     assert plan_of(write_sweep(tmp_path), *overrides).pack_size == size
 
 
+def test_packs_shrink_to_what_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_sweep(tmp_path)
+    overrides = [f"resources.pack.cpu={machine_cpus()}", "search.space.dictionary_size=[512,131072]"]
+    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 10**12)
+    roomy = plan_of(file, *overrides, "search.space.seed=[0,1,2,3]", "search.trainings=16")
+    assert roomy.pack_size == 8
+    # 131,072 features of 576 + 576 and 576 + 192 numbers, three floats and a sixth each
+    weights = 131_072 * (2 * 576 + 576 + 192 + 2)
+    assert 8 * 14 * weights < roomy.pack_bytes < 8 * 14 * weights * 1.5
+    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 5 * 14 * weights)
+    tight = plan_of(file, *overrides, "search.space.seed=[0,1,2,3]", "search.trainings=16")
+    assert 1 < tight.pack_size < 4 and tight.pack_bytes < 0.7 * 5 * 14 * weights
+    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 10**6)
+    assert plan_of(file, *overrides).pack_size == 1
+
+
+@pytest.mark.parametrize("key", ["pack", "activations"])
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr("orchestrator.plan_checks.machine_gpus", lambda: 0)
+    with pytest.raises(InputError, match=rf"resources\.{key}\.gpu: 1 is more than this machine has; at most 0"):
+        plan_of(write_sweep(tmp_path), f"resources.{key}.gpu=1")
+
+
+def test_packs_that_share_a_gpu_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("plan", "plan_checks"):
+        monkeypatch.setattr(f"orchestrator.{module}.machine_gpus", lambda: 2)
+        monkeypatch.setattr(f"orchestrator.{module}.machine_cpus", lambda: 16)
+    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 10**12)
+    file = write_sweep(tmp_path)
+    assert [plan_of(file, f"resources.pack.gpu={share}").slots for share in (1, 0.5, 0.3, 0)] == [2, 4, 6, 16]
+    assert plan_of(file, "resources.pack={cpu: 8, gpu: 0.25}").slots == 2
+
+
 def test_a_share_of_a_cpu_loses_no_slot_to_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.plan.machine_cpus", lambda: 0.3)
     assert plan_of(write_sweep(tmp_path), "resources.pack.cpu=0.1").slots == 3

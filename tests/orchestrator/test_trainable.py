@@ -43,6 +43,7 @@ def order(
         sweep_folder=folder,
         cache_folder=world.cache.folder,
         streamed=streamed,
+        device="cpu",
         reference_file=reference_path(world.cache, LAYER, world.training),
         model_identity=ModelIdentity(config=ModelConfig(name="random"), weights_sha256="w", layer=LAYER, hook="h"),
         corpus_identity=CorpusIdentity(config=CorpusConfig(name="c"), bos="b", sha256="c"),

@@ -1,12 +1,13 @@
 """The engine on the bundled model and text: what rounding costs, and whether a target l0 is reached."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from qkmodel.activation_build import build_activation_cache
+from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache, CacheKey
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
@@ -34,11 +35,12 @@ class Prepared:
     cache: ActivationCache
     layer: AttentionLayer
     reference: LayerReference
+    source: ActivationCache | StreamedActivations
 
     def finish(self, members: list[Hyperparameters], **training: object) -> list[dict[str, float]]:
         """Final metrics of a pack trained to its end."""
         pack = PackTrainer(
-            members, self.layer, self.cache, self.reference, TRAINING.model_copy(update=training), seed=0, threads=2
+            members, self.layer, self.source, self.reference, TRAINING.model_copy(update=training), seed=0, threads=2
         )
         pack.train(pack.steps_planned)
         transcoders = [member.transcoder for member in pack.members]
@@ -70,7 +72,7 @@ def prepare(folder: Path, model: LanguageModel) -> Prepared:
             CORPUS, model.tokenizer, seed=0, bos=CORPUS.bos, train_sequences=train, validation_sequences=validation
         ),
     )
-    return Prepared(cache, *ensure_reference(cache, LAYER, TRAINING, lambda: model))
+    return Prepared(cache, *ensure_reference(cache, LAYER, TRAINING, lambda: model), source=cache)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,12 @@ def test_a_target_l0_is_reached_on_held_out_text(prepared: Prepared) -> None:
         assert metrics["l0_query"] == pytest.approx(target.query_side.target_l0, rel=0.1), target
         assert metrics["l0_key"] == pytest.approx(target.key_side.target_l0, rel=0.1), target
         assert metrics["kl_recovered"] > 0.85
+
+
+def test_streamed_activations_train_as_cached_ones_do(prepared: Prepared, model: LanguageModel) -> None:
+    streamed = replace(prepared, source=StreamedActivations(prepared.cache, model))
+    (ours,), (theirs,) = (one.finish([TOPK], tokens=SEQUENCES * 64) for one in (streamed, prepared))
+    assert ours["kl"] == pytest.approx(theirs["kl"], rel=0.02)
 
 
 def test_threshold_activations_learn_on_real_text(prepared: Prepared) -> None:

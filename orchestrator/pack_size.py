@@ -1,0 +1,81 @@
+"""How many trainings `pack: auto` puts into a pack, and how much memory a pack takes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from orchestrator.config import SweepConfig
+from orchestrator.search.space import Alternative, extremes
+from qkmodel.attention import AttentionGeometry
+from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.model_description import ModelDescription
+from qkmodel.pack_memory import pack_bytes
+
+# From here on what a pack shares is under a tenth of a step's cost (benchmarks/growth.py), and a larger pack would only
+# report and adapt later: a search that learns from results wants them early.
+LARGEST_PACK = 8
+LARGEST_ADAPTIVE_PACK = 4
+# The rest is for the driver, the page cache of activations, and what the model of memory does not see.
+MEMORY_SHARE = 0.7
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def kinds_of_training(space: Sequence[Alternative]) -> list[Hyperparameters]:
+    """One training for each dictionary size and activation of the space; nothing else changes what a step costs."""
+    kinds = {}
+    for alternative in space:
+        first = {name: extremes(name, setting)[0] for name, setting in alternative.items()}
+        for size in extremes("dictionary_size", alternative["dictionary_size"]):
+            for activation in extremes("activation", alternative["activation"]):
+                kinds[size, activation] = Hyperparameters(**first | {"dictionary_size": size, "activation": activation})
+    return list(kinds.values())
+
+
+def memory_of_pack(config: SweepConfig, model: ModelDescription, size: int) -> int:
+    """Bytes of a pack of `size` trainings of the largest kind, on the device where packs train."""
+    threads, batch = max(1, int(config.resources.pack.cpu)), config.training.batch_sequences
+    geometry = geometry_of(model)
+    return max(
+        pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads)
+        for kind in kinds_of_training(config.search.space)
+    )
+
+
+def automatic_pack_size(
+    config: SweepConfig, model: ModelDescription, trainings: int, per_layer: int, slots: int, adaptive: bool
+) -> int:
+    """Enough packs to fill the machine's `slots`, none larger than pays, and all of them together within memory."""
+    limit = min(LARGEST_ADAPTIVE_PACK if adaptive else LARGEST_PACK, per_layer, -(-trainings // slots))
+    available = MEMORY_SHARE * _device_memory(config) / slots
+    size = max(1, limit)
+    while size > 1 and memory_of_pack(config, model, size) > available:
+        size -= 1
+    return size
+
+
+def _device_memory(config: SweepConfig) -> int:
+    """Bytes that packs may share: this machine's memory, or that of the GPUs they are on."""
+    if config.resources.pack.gpu > 0:
+        return sum(torch.cuda.get_device_properties(one).total_memory for one in range(torch.cuda.device_count()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(memory, int(_CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):
+        # no container, or one without a limit
+        return memory
+
+
+def geometry_of(model: ModelDescription) -> AttentionGeometry:
+    """The shapes of any of the model's layers; what else a layer has costs nothing to speak of."""
+    return AttentionGeometry(
+        architecture="random",
+        layer=0,
+        d_model=model.d_model,
+        n_heads=model.n_heads,
+        n_kv_heads=model.n_kv_heads,
+        d_head=model.d_head,
+        rotary_dim=model.d_head // 2 * 2,
+        scale=model.d_head**-0.5,
+    )

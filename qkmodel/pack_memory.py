@@ -1,0 +1,65 @@
+"""How much memory a pack takes, from its shapes alone: what `pack: auto` is decided by.
+
+`benchmarks/growth.py` sets these figures beside the measured peak.
+"""
+
+from collections.abc import Sequence
+
+from qkmodel.attention import AttentionGeometry
+from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
+from qkmodel.transcode import SPARSE_SHARE
+
+# For each weight: itself and two moments of the optimiser in float32, and a sixth for what the allocator cannot reuse.
+LASTING_BYTES = 14
+# For each weight while its member steps: a gradient in float32.
+STEP_BYTES = 4
+# For each pre-activation of a batch. Dense way: encoder's output, activation, penalty and the gradients of each, in
+# float32; sparse way: only the output, in bfloat16.
+DENSE_BYTES, SPARSE_BYTES = 36, 2
+# A batch in use, the next one, and what making it takes.
+BATCHES = 3
+# What a process takes before its first pack, Ray's worker included; and machine code and buffers from then on.
+LIBRARIES_BYTES = 500_000_000
+RUNNING_BYTES = 185_000_000
+
+
+def pack_bytes(
+    members: Sequence[Hyperparameters], geometry: AttentionGeometry, batch: int, context: int, threads: int
+) -> int:
+    """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once."""
+    lasting = sum(LASTING_BYTES * _parameters(member, geometry) for member in members)
+    steps = sorted((_step_bytes(member, geometry, batch * context) for member in members), reverse=True)
+    fixed = LIBRARIES_BYTES + RUNNING_BYTES
+    return fixed + lasting + sum(steps[:threads]) + BATCHES * _shared_bytes(geometry, batch, context)
+
+
+def _sides(member: Hyperparameters, geometry: AttentionGeometry) -> list[tuple[SideHyperparameters, int]]:
+    """Each side with the width of what it writes."""
+    return [
+        (member.query_side, geometry.n_heads * geometry.d_head),
+        (member.key_side, geometry.n_kv_heads * geometry.d_head),
+    ]
+
+
+def _parameters(member: Hyperparameters, geometry: AttentionGeometry) -> int:
+    return sum(
+        side.dictionary_size * (geometry.d_model + width + 1) + width for side, width in _sides(member, geometry)
+    )
+
+
+def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: int) -> int:
+    total = STEP_BYTES * _parameters(member, geometry)
+    for side, width in _sides(member, geometry):
+        sparse = side.k is not None and side.k <= SPARSE_SHARE * side.dictionary_size
+        total += tokens * side.dictionary_size * (SPARSE_BYTES if sparse else DENSE_BYTES)
+        # outputs, their rotated differences and gradients
+        total += 4 * tokens * width * 6
+    return total
+
+
+def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int) -> int:
+    """A batch's inputs (as they are and rounded), true queries and keys likewise, and p and log p in float32."""
+    widths = geometry.d_model + (geometry.n_heads + geometry.n_kv_heads) * geometry.d_head
+    window = min(geometry.window or context, context)
+    scores = batch * geometry.n_heads * context * min(window, (context + window) // 2)
+    return 6 * batch * context * widths + 8 * scores
