@@ -7,9 +7,9 @@ reference, reports and final metrics included, against
             log-softmax by autograd; torch's Adam
     bf16    the same under bfloat16 autocast, forward and training
 
-timed on a stretch of steps with all cores. What the plain loop would reach is found by training it to the end on the
-same batches (without recomputing the forward, which would only take longer). A quarter of an hour for both layers on
-two cores. The last line of standard output is JSON, by layer:
+timed with all cores, a step in every eighth of the engine's training, of which the median counts. What the plain loop
+would reach is found by training it to the end on the same batches (without recomputing the forward, which would only
+take longer). A quarter of an hour for both layers on two cores. The last line of standard output is JSON, by layer:
 
     {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …}, "bf16": {…}, "kl": …, "plain_kl": …, "parts": {…},
            "evaluation_share_of_training": …, "cross_entropy_seconds": … of all 16, not in the engine's time}}
@@ -19,9 +19,10 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ TRAINING = TrainingConfig(tokens=410_000, learning_rate_schedule="linear", cross
 MEMBERS = [
     Hyperparameters(dictionary_size=1024, activation="topk", k=16, learning_rate=6e-3, seed=seed) for seed in range(16)
 ]
-TIMED_STEPS = 8
+LOOPS = {"plain": torch.float32, "bf16": torch.bfloat16}
 BRIEF_SEQUENCES = 8
 
 
@@ -60,56 +61,53 @@ def main() -> None:
 def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]:
     """The engine and both loops on one layer."""
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
-        parts, pack, kl = run_engine(model, layer, Path(folder), threads)
+        parts: dict[str, float] = {}
+        torch.set_num_threads(threads)
+        cache = timed(parts, "cache", lambda: build_cache(model, [layer], TRAINING, Path(folder)))
+        opened = timed(parts, "reference", lambda: ensure_reference(cache, layer, TRAINING, lambda: model))
+        attention, reference = opened
+        pack = timed(
+            parts, "initialisation", lambda: PackTrainer(MEMBERS, attention, cache, reference, TRAINING, 0, threads)
+        )
+        loops = {name: PlainLoop(model, pack, dtype) for name, dtype in LOOPS.items()}
+        kl = train(pack, parts, [lambda loop=loop: loop.time(threads) for loop in loops.values()])
         seconds = sum(parts.values())
-        tokens = len(MEMBERS) * pack.tokens_done
-        say(f"layer {layer}: engine {tokens / seconds:,.0f} training-tokens/s; " + shares(parts))
+        speed = len(MEMBERS) * pack.tokens_done / seconds
+        say(f"layer {layer}: engine {speed:,.0f} training-tokens/s; " + shares(parts))
         result = {
-            "engine_tokens_per_second": round(tokens / seconds),
+            "engine_tokens_per_second": round(speed),
             "kl": round(kl, 4),
+            "plain_kl": round(plain_kl(pack), 4),
             "parts": {name: round(value, 1) for name, value in parts.items()},
             "evaluation_share_of_training": round((parts["reports"] + parts["final metrics"]) / parts["training"], 4),
             "cross_entropy_seconds": round(cross_entropy_seconds(model, pack), 1),
-        }
-        torch.set_num_threads(threads)
-        for name, dtype in (("plain", torch.float32), ("bf16", torch.bfloat16)):
-            step = time_loop(model, pack, dtype)
-            speed = pack.tokens_per_step / step
-            ratio = tokens / seconds / speed
-            say(
-                f"layer {layer}: {name} loop {speed:,.0f} tokens/s ({step:.3f} s a step): engine {ratio:.1f} times that"
-            )
-            result[name] = {"tokens_per_second": round(speed), "step_seconds": round(step, 4), "ratio": round(ratio, 1)}
-        result["plain_kl"] = round(plain_kl(pack), 4)
+        } | {name: loop.figures(speed) for name, loop in loops.items()}
+        for name in loops:
+            say(f"layer {layer}: {name} loop {result[name]}")
         say(f"layer {layer}: kl {kl:.4f} (median of 16), plain loop {result['plain_kl']}")
         return result
 
 
-def run_engine(
-    model: LanguageModel, layer: int, folder: Path, threads: int
-) -> tuple[dict[str, float], PackTrainer, float]:
-    """Seconds by part, the trained pack, and the median final kl."""
-    torch.set_num_threads(threads)
-    parts: dict[str, float] = {}
-    cache = timed(parts, "cache", lambda: build_cache(model, [layer], TRAINING, folder))
-    attention, reference = timed(parts, "reference", lambda: ensure_reference(cache, layer, TRAINING, lambda: model))
-    torch.set_num_threads(1)
-    pack = timed(
-        parts, "initialisation", lambda: PackTrainer(MEMBERS, attention, cache, reference, TRAINING, 0, threads)
-    )
+def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[[], None]]) -> float:
+    """Trains as a sweep's pack does, with a brief look after each eighth and all metrics at the end; the median kl.
+
+    What is to be timed `beside` it is called in every eighth, so that a machine whose speed drifts is fair to both.
+    """
     transcoders = [member.transcoder for member in pack.members]
 
     def measure_on(sequences: int) -> list[dict[str, float]]:
-        return evaluate(transcoders, attention, cache, reference, sequences, threads)
+        return evaluate(transcoders, pack.layer, pack.cache, pack.reference, sequences, pack.threads)
 
-    # as a sweep's pack does: a brief look after each eighth, everything at the end
-    interval = round(pack.steps_planned / 8)
-    timed(parts, "training", lambda: pack.train(interval))
+    interval = -(-pack.steps_planned // 8)
     while not pack.finished:
-        timed(parts, "reports", lambda: measure_on(BRIEF_SEQUENCES))
+        for call in beside:
+            call()
+        torch.set_num_threads(1)
         timed(parts, "training", lambda: pack.train(interval))
+        if not pack.finished:
+            timed(parts, "reports", lambda: measure_on(BRIEF_SEQUENCES))
     metrics = timed(parts, "final metrics", lambda: measure_on(TRAINING.validation_sequences))
-    return parts, pack, sorted(one["kl"] for one in metrics)[len(metrics) // 2]
+    return sorted(one["kl"] for one in metrics)[len(metrics) // 2]
 
 
 def cross_entropy_seconds(model: LanguageModel, pack: PackTrainer) -> float:
@@ -162,17 +160,37 @@ class PlainTraining:
         return self.layer.scores(q, k).float().log_softmax(-1)
 
 
-def time_loop(model: LanguageModel, pack: PackTrainer, dtype: torch.dtype) -> float:
-    """Median seconds of a step of the plain loop, forward pass included."""
-    training, layer = PlainTraining(pack.layer, pack.reference), pack.layer.geometry.layer
-    seconds = []
-    for number in range(TIMED_STEPS + 2):
-        tokens = pack.cache.tokens("train", batch_sequences(number, TRAINING.batch_sequences, 3200, 0))
-        started = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            training.step(model.attention_inputs(tokens, [layer])[layer])
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds[2:])[TIMED_STEPS // 2]
+class PlainLoop:
+    """A plain training under way, forward pass included, in one element type."""
+
+    def __init__(self, model: LanguageModel, pack: PackTrainer, dtype: torch.dtype) -> None:
+        self.model, self.cache, self.dtype = model, pack.cache, dtype
+        self.layer, self.tokens_per_step = pack.layer.geometry.layer, pack.tokens_per_step
+        self.training = PlainTraining(pack.layer, pack.reference)
+        self.steps = 0
+        self.seconds: list[float] = []
+
+    def time(self, threads: int) -> None:
+        """Two steps, the second of which counts."""
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            numbers = batch_sequences(self.steps, TRAINING.batch_sequences, 3200, 0)
+            tokens = self.cache.tokens("train", numbers)
+            started = time.perf_counter()
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+                self.training.step(self.model.attention_inputs(tokens, [self.layer])[self.layer])
+            last = time.perf_counter() - started
+            self.steps += 1
+        self.seconds.append(last)
+
+    def figures(self, engine_speed: float) -> dict[str, float]:
+        step = median(self.seconds)
+        speed = self.tokens_per_step / step
+        return {
+            "tokens_per_second": round(speed),
+            "step_seconds": round(step, 4),
+            "ratio": round(engine_speed / speed, 1),
+        }
 
 
 def plain_kl(pack: PackTrainer) -> float:

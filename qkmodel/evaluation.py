@@ -46,8 +46,12 @@ def evaluate(
     `feature_window_tokens` tokens), and the layer's `kl_baseline` and `kl_cache` for reading beside them.
     """
     evaluations = [_Evaluation(transcoder, layer) for transcoder in transcoders]
-    with ThreadPoolExecutor(threads) as pool:
-        for true in validation_batches(cache, layer, sequences):
+    batches = validation_batches(cache, layer, sequences)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        following = pool.submit(next, batches, None)
+        while (true := following.result()) is not None:
+            # the next batch's true side is made beside this one's comparisons
+            following = pool.submit(next, batches, None)
             for added in [pool.submit(one.add, true) for one in evaluations]:
                 added.result()
     return [one.metrics(reference) for one in evaluations]

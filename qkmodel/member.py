@@ -55,7 +55,7 @@ class SidePenalty(nn.Module):
         if isinstance(transcoder.activation, JumpReLU):
             omega = jump_penalty(side.pre, transcoder.activation, transcoder.decoder_norms())
         elif self.penalty is not None:
-            omega = self.penalty(side.f * transcoder.decoder_norms(), progress)
+            omega = self.penalty(side.scaled(transcoder.decoder_norms()), len(side.y), progress)
         else:
             return 0.0
         return self.coefficient.value.item() * omega

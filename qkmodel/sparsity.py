@@ -23,6 +23,7 @@ THRESHOLD_RATE = 0.02
 FINAL_EXPONENT = 0.2
 
 Features = Float[Tensor, "*tokens features"]
+Scaled = Float[Tensor, "*active"]
 Batch = Float[Tensor, "batch context features"]
 
 
@@ -124,18 +125,21 @@ class _Jump(torch.autograd.Function):
 
 
 class Penalty(nn.Module):
-    """Ω, a mean over tokens. `progress` is the share of the training that is done."""
+    """Ω, a mean over tokens of a sum to which inactive features add nothing.
 
-    def forward(self, scaled: Features, progress: float) -> Float[Tensor, ""]:
-        """`scaled` is f·‖w_dec‖, so that shrinking f and growing the decoder row gains nothing."""
+    `scaled` holds f·‖w_dec‖ of a batch of `tokens`, so that shrinking f and growing the decoder row gains nothing; of
+    all features or, flat, of the active ones alone. `progress` is the share of the training that is done.
+    """
+
+    def forward(self, scaled: Scaled, tokens: int, progress: float) -> Float[Tensor, ""]:
         raise TypeError(f"{type(self).__name__} does not say what it computes")
 
 
 class L1Penalty(Penalty):
     """Ω = mean over tokens of Σ a."""
 
-    def forward(self, scaled: Features, progress: float) -> Float[Tensor, ""]:
-        return scaled.sum(-1).mean()
+    def forward(self, scaled: Scaled, tokens: int, progress: float) -> Float[Tensor, ""]:
+        return scaled.sum() / tokens
 
 
 class SqrtPenalty(Penalty):
@@ -144,15 +148,15 @@ class SqrtPenalty(Penalty):
     ε keeps the slope finite at zero; subtracting sqrt(ε) makes an inactive feature cost nothing.
     """
 
-    def forward(self, scaled: Features, progress: float) -> Float[Tensor, ""]:
-        return (torch.sqrt(scaled + SQRT_EPSILON) - SQRT_EPSILON**0.5).sum(-1).mean()
+    def forward(self, scaled: Scaled, tokens: int, progress: float) -> Float[Tensor, ""]:
+        return (torch.sqrt(scaled + SQRT_EPSILON) - SQRT_EPSILON**0.5).sum() / tokens
 
 
 class TanhPenalty(Penalty):
     """Ω = mean over tokens of Σ tanh(4·a) (Anthropic, January 2025 update)."""
 
-    def forward(self, scaled: Features, progress: float) -> Float[Tensor, ""]:
-        return torch.tanh(TANH_SLOPE * scaled).sum(-1).mean()
+    def forward(self, scaled: Scaled, tokens: int, progress: float) -> Float[Tensor, ""]:
+        return torch.tanh(TANH_SLOPE * scaled).sum() / tokens
 
 
 class AnnealedPenalty(Penalty):
@@ -166,19 +170,19 @@ class AnnealedPenalty(Penalty):
         self.register_buffer("exponent", torch.ones(()))
         self.register_buffer("c", torch.ones(()))
 
-    def forward(self, scaled: Features, progress: float) -> Float[Tensor, ""]:
+    def forward(self, scaled: Scaled, tokens: int, progress: float) -> Float[Tensor, ""]:
         exponent = torch.tensor(1.0 - (1.0 - FINAL_EXPONENT) * min(1.0, progress))
-        omega = self._sum(scaled, exponent)
+        omega = self._sum(scaled, exponent) / tokens
         if exponent != self.exponent:
             with torch.no_grad():
-                before = self._sum(scaled, self.exponent)
+                before = self._sum(scaled, self.exponent) / tokens
                 self.c.mul_(torch.where(omega > 0, before / omega.clamp(min=1e-12), 1.0).to(self.c.device))
                 self.exponent.copy_(exponent)
         return self.c * omega
 
     @staticmethod
-    def _sum(scaled: Features, exponent: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        return ((scaled + SQRT_EPSILON) ** exponent - SQRT_EPSILON**exponent).sum(-1).mean()
+    def _sum(scaled: Scaled, exponent: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return ((scaled + SQRT_EPSILON) ** exponent - SQRT_EPSILON**exponent).sum()
 
 
 PENALTIES: dict[str, type[Penalty]] = {

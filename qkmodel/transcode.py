@@ -1,7 +1,8 @@
 """How one side of a transcoder runs in bulk: from inputs to reconstructed queries or keys, in training and evaluation.
 
-Activations that choose a few features per token go a sparse way on the CPU, which never touches the others again;
-everything else is dense. Both give the same numbers up to rounding.
+Where few features are active (TopK, BatchTopK, and ReLU once it has become sparse) a batch goes a sparse way on the
+CPU, which never touches the others again: their gradients are zero. Everything else is dense. Both give the same
+numbers up to rounding.
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from qkmodel.kernels.sparse_cpu import (
     add_gradients,
     choose_largest,
     choose_largest_of_batch,
+    choose_positive,
     count_fired,
+    count_positive,
     decode_chosen,
     encode_chosen,
     keep_largest,
     tally,
 )
 from qkmodel.products import linear, product_dtype
-from qkmodel.sparsity import BatchTopK, TopK
+from qkmodel.sparsity import BatchTopK, ReLU, TopK
 from qkmodel.transcoder import Transcoder
 
 # Up to this share of active features they are picked out: that costs in proportion to them, a dense product does not.
@@ -43,14 +46,20 @@ class CentredInputs:
 class Side:
     """What one side made of a batch.
 
-    `pre` and `f` carry gradients; they are None on the sparse way, whose activations have no penalty to feed.
-    `active` counts active features, position 0 left out; a tensor where counting would wait for a GPU.
+    `pre` are the encoder's outputs, None on the sparse way. `f` are the activations: of all features or, on the sparse
+    way, flat, of those numbered in `features`. All carry gradients. `active` counts active features, position 0 left
+    out; a tensor where counting would wait for a GPU.
     """
 
     y: Float[Tensor, "tokens d_out"]
     pre: Float[Tensor, "batch context features"] | None
-    f: Float[Tensor, "batch context features"] | None
+    f: Float[Tensor, "batch context features"] | Float[Tensor, "active"]
+    features: Int64[Tensor, "active"] | None
     active: Int64[Tensor, ""] | int
+
+    def scaled(self, norms: Float[Tensor, "features"]) -> Tensor:
+        """f times each feature's norm, in the shape of `f`."""
+        return self.f * (norms if self.features is None else norms[self.features])
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,14 @@ class Code:
 def transcode(transcoder: Transcoder, inputs: CentredInputs) -> Side:
     """Reconstructed outputs of a batch that is trained on."""
     activation = transcoder.activation
-    if isinstance(activation, TopK | BatchTopK) and _is_sparse(transcoder, inputs):
-        return _transcode_sparsely(transcoder, activation, inputs)
+    if inputs.x.device.type == "cpu" and (code := _training_code(transcoder, inputs)) is not None:
+        return _transcode_sparsely(transcoder, inputs, code)
     dtype = inputs.rounded.dtype
     pre = linear(inputs.rounded, transcoder.W_enc, dtype) + transcoder.b_enc
     pre = pre.unflatten(0, (-1, inputs.context))
     f = activation.training_forward(pre)
     y = linear(f.flatten(0, 1), transcoder.W_dec.mT, dtype) + transcoder.b_out
-    return Side(y, pre, f, (f.detach()[:, 1:] > 0).sum())
+    return Side(y, pre, f, None, (f.detach()[:, 1:] > 0).sum())
 
 
 @torch.no_grad()
@@ -86,7 +95,7 @@ def infer(
     centred = (x - transcoder.b_pre).flatten(0, 1)
     inputs = CentredInputs(centred, centred.to(product_dtype("auto", x.device)), x.shape[1])
     counts = np.zeros(transcoder.features, np.int64)
-    if isinstance(transcoder.activation, TopK) and _is_sparse(transcoder, inputs):
+    if isinstance(transcoder.activation, TopK) and x.device.type == "cpu" and _is_sparse(transcoder):
         k = transcoder.activation.k
         # rounded products choose twice as many as wanted, and exact ones among these
         code = _encode_largest(transcoder, inputs, min(2 * k, transcoder.features))
@@ -101,21 +110,29 @@ def infer(
     return transcoder.decode(f), counts
 
 
-def _is_sparse(transcoder: Transcoder, inputs: CentredInputs) -> bool:
-    on_cpu = inputs.x.device.type == "cpu"
-    return on_cpu and transcoder.activation.k <= SPARSE_SHARE * transcoder.features
+def _is_sparse(transcoder: Transcoder) -> bool:
+    return transcoder.activation.k <= SPARSE_SHARE * transcoder.features
 
 
-def _transcode_sparsely(transcoder: Transcoder, activation: TopK | BatchTopK, inputs: CentredInputs) -> Side:
-    if isinstance(activation, TopK):
-        code = _encode_largest(transcoder, inputs, activation.k)
-    else:
-        code = _encode_largest_of_batch(transcoder, activation, inputs)
-    y = _SparseTranscoder.apply(transcoder.W_enc, transcoder.b_enc, transcoder.W_dec, transcoder.b_out, inputs.x, code)
+def _training_code(transcoder: Transcoder, inputs: CentredInputs) -> Code | None:
+    """The active features of a batch that is trained on; None where they are too many, or others matter too."""
+    activation = transcoder.activation
+    if isinstance(activation, TopK) and _is_sparse(transcoder):
+        return _encode_largest(transcoder, inputs, activation.k)
+    if isinstance(activation, BatchTopK) and _is_sparse(transcoder):
+        return _encode_largest_of_batch(transcoder, activation, inputs)
+    if isinstance(activation, ReLU):
+        return _encode_few_positive(transcoder, inputs)
+    return None
+
+
+def _transcode_sparsely(transcoder: Transcoder, inputs: CentredInputs, code: Code) -> Side:
+    weights = (transcoder.W_enc, transcoder.b_enc, transcoder.W_dec, transcoder.b_out)
+    y, f = _SparseTranscoder.apply(*weights, inputs.x, code)
     active, smallest = tally(inputs.context, code.starts, code.values)
-    if isinstance(activation, BatchTopK):
-        activation.follow(torch.tensor(smallest))
-    return Side(y, None, None, active)
+    if isinstance(transcoder.activation, BatchTopK):
+        transcoder.activation.follow(torch.tensor(smallest))
+    return Side(y, None, f, torch.from_numpy(code.features).long(), active)
 
 
 def _encode_largest(transcoder: Transcoder, inputs: CentredInputs, count: int) -> Code:
@@ -132,6 +149,17 @@ def _encode_largest_of_batch(transcoder: Transcoder, activation: BatchTopK, inpu
     budget = activation.budget(batch, inputs.context)
     starts, features = np.empty(len(bits) + 1, np.int64), np.empty(budget + batch * bits.shape[1], np.int32)
     choose_largest_of_batch(bits, inputs.context, budget, starts, features)
+    return _with_values(transcoder, inputs, starts, features)
+
+
+def _encode_few_positive(transcoder: Transcoder, inputs: CentredInputs) -> Code | None:
+    """All positive features; None if they are too many for the sparse way to be the faster one."""
+    bits = _pre_activation_bits(transcoder, inputs)
+    count = count_positive(bits)
+    if count > SPARSE_SHARE * bits.size:
+        return None
+    starts, features = np.empty(len(bits) + 1, np.int64), np.empty(count, np.int32)
+    choose_positive(bits, starts, features)
     return _with_values(transcoder, inputs, starts, features)
 
 
@@ -159,16 +187,17 @@ class _SparseTranscoder(torch.autograd.Function):
         b_out: Float[Tensor, "d_out"],
         x: Float[Tensor, "tokens d_model"],
         code: Code,
-    ) -> Float[Tensor, "tokens d_out"]:
+    ) -> tuple[Float[Tensor, "tokens d_out"], Float[Tensor, "active"]]:
         y = torch.empty(len(x), len(b_out))
         decode_chosen(code.starts, code.features, code.values, as_array(w_dec), as_array(b_out), as_array(y))
         ctx.save_for_backward(w_dec, x)
         ctx.code = code
-        return y
+        ctx.set_materialize_grads(False)
+        return y, torch.from_numpy(code.values)
 
     @staticmethod
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, dy: Float[Tensor, "tokens d_out"]
+        ctx: torch.autograd.function.FunctionCtx, dy: Float[Tensor, "tokens d_out"], d_values: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         w_dec, x = ctx.saved_tensors
         gradients = (
@@ -185,6 +214,7 @@ class _SparseTranscoder(torch.autograd.Function):
             code.values,
             as_array(w_dec),
             as_array(dy.contiguous()),
+            as_array(d_values.contiguous()) if d_values is not None else code.values[:0],
             *map(as_array, gradients),
         )
         return *gradients, None, None

@@ -44,6 +44,20 @@ def choose_largest_of_batch(bits, context, budget, starts, features):
 
 
 @kernel
+def count_positive(bits):
+    """How many pre-activations are positive."""
+    return _count_from(bits, bits.dtype.type(1), 0)
+
+
+@kernel
+def choose_positive(bits, starts, features):
+    """All positive pre-activations of each token; fills `starts` [tokens + 1] and `features` [their count]."""
+    starts[0] = 0
+    for token in range(bits.shape[0]):
+        starts[token + 1], _ = _keep(bits[token], bits.dtype.type(1), bits.shape[1], starts[token], features)
+
+
+@kernel
 def _keep(bits, threshold, spare, place, features):
     """Writes the features above `threshold`, and at most `spare` equal to it, from `place` on.
 
@@ -130,8 +144,11 @@ def decode_chosen(starts, features, values, w_dec, b_out, y):
 
 
 @kernel
-def add_gradients(x, starts, features, values, w_dec, dy, g_w_enc, g_b_enc, g_w_dec, g_b_out):
-    """Adds the gradients of encoder and decoder, given the gradient `dy` of the decoder's output."""
+def add_gradients(x, starts, features, values, w_dec, dy, d_values, g_w_enc, g_b_enc, g_w_dec, g_b_out):
+    """Adds the gradients of encoder and decoder, given those of the decoder's output and of the values themselves.
+
+    `d_values` may be empty: the values then have none of their own.
+    """
     for token in range(x.shape[0]):
         for o in range(dy.shape[1]):
             g_b_out[o] += dy[token, o]
@@ -139,7 +156,7 @@ def add_gradients(x, starts, features, values, w_dec, dy, g_w_enc, g_b_enc, g_w_
             i, f = features[place], values[place]
             if f == 0:
                 continue
-            df = g_b_enc.dtype.type(0.0)
+            df = d_values[place] if d_values.size > 0 else g_b_enc.dtype.type(0.0)
             for o in range(dy.shape[1]):
                 df += dy[token, o] * w_dec[i, o]
             for o in range(dy.shape[1]):

@@ -63,25 +63,25 @@ def test_jump_penalty_counts_and_lifts() -> None:
 
 def test_tanh_penalty_by_hand() -> None:
     a = torch.tensor([[0.0, 1.0], [0.25, 0.0]], dtype=torch.float64)
-    assert TanhPenalty()(a, 0.0).item() == pytest.approx((math.tanh(TANH_SLOPE) + math.tanh(TANH_SLOPE / 4)) / 2)
+    assert TanhPenalty()(a, 2, 0.0).item() == pytest.approx((math.tanh(TANH_SLOPE) + math.tanh(TANH_SLOPE / 4)) / 2)
 
 
 def test_annealing_starts_as_l1_and_never_jumps() -> None:
     a = torch.rand(50, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     penalty, steps = AnnealedPenalty(), 100
-    values = [penalty(a, step / steps).item() for step in range(steps + 1)]
+    values = [penalty(a, 50, step / steps).item() for step in range(steps + 1)]
     assert values[0] == pytest.approx(a.sum(-1).mean().item(), rel=1e-4)
     # the same activations cost almost the same from step to step, and the exponent arrives where it should
     assert max(abs(after / before - 1) for before, after in itertools.pairwise(values)) < 1e-4
     assert penalty.exponent.item() == pytest.approx(FINAL_EXPONENT)
     by_hand = ((a + SQRT_EPSILON) ** FINAL_EXPONENT - SQRT_EPSILON**FINAL_EXPONENT).sum(-1).mean()
-    assert penalty(a, 1.0).item() == pytest.approx(penalty.c.item() * by_hand.item(), rel=1e-4)
+    assert penalty(a, 50, 1.0).item() == pytest.approx(penalty.c.item() * by_hand.item(), rel=1e-4)
 
 
 def test_annealing_ends_up_caring_about_how_many_rather_than_how_much() -> None:
     few = torch.tensor([[4.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     many = torch.ones(1, 4, dtype=torch.float64)
-    assert AnnealedPenalty()(few, 0.0).item() == pytest.approx(AnnealedPenalty()(many, 0.0).item(), rel=1e-4)
+    assert AnnealedPenalty()(few, 1, 0.0).item() == pytest.approx(AnnealedPenalty()(many, 1, 0.0).item(), rel=1e-4)
     assert AnnealedPenalty._sum(few, torch.tensor(FINAL_EXPONENT)) < 0.5 * AnnealedPenalty._sum(
         many, torch.tensor(FINAL_EXPONENT)
     )

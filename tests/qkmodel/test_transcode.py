@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qkmodel.kernels.sparse_cpu import keep_largest
-from qkmodel.sparsity import Activation, BatchTopK, TopK
-from qkmodel.transcode import CentredInputs, infer, transcode
+from qkmodel.sparsity import PENALTIES, Activation, BatchTopK, ReLU, TopK
+from qkmodel.transcode import SPARSE_SHARE, CentredInputs, infer, transcode
 from qkmodel.transcoder import Transcoder
 
 CONTEXT, D_MODEL, D_OUT = 6, 10, 7
@@ -43,7 +43,7 @@ def test_sparse_equals_dense_in_values_and_gradients(activation: type, features:
     sparse, dense = (random_transcoder(features, activation(3)) for _ in range(2))
     given = inputs(4, torch.float32)
     side = transcode(sparse, given)
-    assert side.f is None, "the dense way was taken"
+    assert side.features is not None, "the dense way was taken"
     y, f = densely(dense, given)
     torch.testing.assert_close(side.y, y, rtol=1e-4, atol=1e-4)
     assert side.active == (f[:, 1:] > 0).sum()
@@ -54,6 +54,38 @@ def test_sparse_equals_dense_in_values_and_gradients(activation: type, features:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
     if activation is BatchTopK:
         torch.testing.assert_close(sparse.activation.threshold, dense.activation.threshold, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", list(PENALTIES))
+def test_a_sparse_relu_equals_a_dense_one_its_penalty_included(penalty: str) -> None:
+    sparse, dense = (random_transcoder(64, ReLU()) for _ in range(2))
+    for transcoder in (sparse, dense):
+        transcoder.b_enc.data -= 6.0
+    given = inputs(6, torch.float32)
+    side = transcode(sparse, given)
+    assert side.features is not None and 20 < len(side.features) < SPARSE_SHARE * 36 * 64
+    y, f = densely(dense, given)
+    torch.testing.assert_close(side.y, y, rtol=1e-4, atol=1e-4)
+    assert side.active == (f[:, 1:] > 0).sum()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    ours, theirs = PENALTIES[penalty](), PENALTIES[penalty]()
+    for progress in (0.0, 0.5):
+        for transcoder in (sparse, dense):
+            transcoder.zero_grad()
+        omega = ours(side.scaled(sparse.decoder_norms()), 36, progress)
+        omega_dense = theirs(f * dense.decoder_norms(), 36, progress)
+        assert omega.item() == pytest.approx(omega_dense.item(), rel=1e-4)
+        ((side.y * weights).sum() + 10 * omega).backward(retain_graph=True)
+        ((y * weights).sum() + 10 * omega_dense).backward(retain_graph=True)
+        for (name, parameter), other in zip(sparse.named_parameters(), dense.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_a_relu_of_many_active_features_is_dense() -> None:
+    transcoder = random_transcoder(64, ReLU())
+    side = transcode(transcoder, inputs(4, torch.float32))
+    assert side.features is None and side.f.shape == (4, CONTEXT, 64)
+    torch.testing.assert_close(side.y, densely(transcoder, inputs(4, torch.float32))[0])
 
 
 @pytest.mark.parametrize("activation", [TopK, BatchTopK])

@@ -38,20 +38,20 @@ def test_topk_passes_gradients_to_kept_features_only() -> None:
 
 def test_penalties_by_hand() -> None:
     a = torch.tensor([[0.0, 4.0], [1.0, 0.0]], dtype=torch.float64)
-    assert L1Penalty()(a, 0.0).item() == 2.5
+    assert L1Penalty()(a, len(a), 0.0).item() == 2.5
     expected = ((4 + 1e-6) ** 0.5 + (1 + 1e-6) ** 0.5 - 2e-3) / 2
-    assert SqrtPenalty()(a, 0.0).item() == pytest.approx(expected, rel=1e-12)
+    assert SqrtPenalty()(a, len(a), 0.0).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_penalties_do_not_depend_on_the_number_of_tokens() -> None:
     a = random_tensor(6, 9).abs()
     for penalty in (L1Penalty(), SqrtPenalty(), TanhPenalty()):
-        torch.testing.assert_close(penalty(a, 0.5), penalty(a.repeat(5, 1), 0.5))
+        torch.testing.assert_close(penalty(a, 6, 0.5), penalty(a.repeat(5, 1), 30, 0.5))
 
 
 def test_sqrt_penalty_has_a_finite_slope_at_zero() -> None:
     a = torch.zeros(3, requires_grad=True)
-    SqrtPenalty()(a[None], 0.0).backward()
+    SqrtPenalty()(a[None], 1, 0.0).backward()
     assert torch.isfinite(a.grad).all()
 
 
