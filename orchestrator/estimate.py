@@ -57,7 +57,8 @@ def estimate(checked: CheckedPlan) -> Estimate:
     streamed = checked.request.streamed_sequences > 0
     forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, checked.load_model())
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
-    evaluation_batches = plan.validation_sequences / EVALUATION_BATCH
+    reports = -(-plan.tokens_per_training // (config.training.report_tokens or -(-config.training.tokens // 8))) - 1
+    evaluation_batches = plan.validation_sequences / EVALUATION_BATCH + reports
     model_batches = config.training.patched_sequences / EVALUATION_BATCH
     threads = min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
     at_once = min(plan.slots, plan.packs) * threads

@@ -11,7 +11,7 @@ from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.schema import Schema
 
 # How the error of a training begins whose numbers ran away: trying it again would give the same.
-DIVERGED = "a loss or metric was not finite"
+DIVERGED = "its numbers ran away"
 
 
 class MemberOrder(Schema):

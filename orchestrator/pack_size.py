@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ByteSize
 
 from orchestrator.config import SweepConfig
 from orchestrator.search.space import Alternative, extremes
 from qkmodel.attention import AttentionGeometry
+from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.model_description import ModelDescription
 from qkmodel.pack_memory import pack_bytes
@@ -34,10 +36,12 @@ def kinds_of_training(space: Sequence[Alternative]) -> list[Hyperparameters]:
 
 
 def memory_of_pack(config: SweepConfig, model: ModelDescription, size: int) -> int:
-    """Bytes of a pack of `size` trainings of the largest kind, on the device where packs train."""
+    """Bytes of a pack of `size` trainings of the largest kind, and of the language model if it measures them."""
     threads, batch = max(1, int(config.resources.pack.cpu)), config.training.batch_sequences
     geometry = geometry_of(model)
-    return max(
+    # twelve d_model² weights a layer is what transformers have, the vocabulary left out
+    measured_by = 4 * 12 * model.n_layers * model.d_model**2 if config.training.patched_sequences > 0 else 0
+    return measured_by + max(
         pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads)
         for kind in kinds_of_training(config.search.space)
     )
@@ -48,14 +52,29 @@ def automatic_pack_size(
 ) -> int:
     """Enough packs to fill the machine's `slots`, none larger than pays, and all of them together within memory."""
     limit = min(LARGEST_ADAPTIVE_PACK if adaptive else LARGEST_PACK, per_layer, -(-trainings // slots))
-    available = MEMORY_SHARE * _device_memory(config) / slots
+    available = MEMORY_SHARE * device_memory(config) / slots
     size = max(1, limit)
     while size > 1 and memory_of_pack(config, model, size) > available:
         size -= 1
     return size
 
 
-def _device_memory(config: SweepConfig) -> int:
+def check_memory(config: SweepConfig, model: ModelDescription, size: int) -> None:
+    """Refuses packs of which not even one fits: it would end in the middle of a training. Raises InputError."""
+    needed, available = memory_of_pack(config, model, size), device_memory(config)
+    if needed > available:
+        key = "pack" if size > 1 else "search.space.dictionary_size"
+        raise InputError(
+            f"{key}: a pack of {size} takes about {_readable(needed)} of memory, and there are {_readable(available)}; "
+            "ask for " + ("fewer trainings in a pack, or " if size > 1 else "") + "smaller dictionaries or batches"
+        )
+
+
+def _readable(size: int) -> str:
+    return ByteSize(size).human_readable(decimal=True, separator=" ")
+
+
+def device_memory(config: SweepConfig) -> int:
     """Bytes that packs may share: this machine's memory, or that of the GPUs they are on."""
     if config.resources.pack.gpu > 0:
         return sum(torch.cuda.get_device_properties(one).total_memory for one in range(torch.cuda.device_count()))

@@ -13,7 +13,7 @@ from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
 from orchestrator.pack_order import DIVERGED
-from orchestrator.pack_size import automatic_pack_size, memory_of_pack
+from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_pack
 from orchestrator.plan_checks import (
     CACHE_FOLDER,
     check_model,
@@ -270,6 +270,8 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan
     if ledger is not None:
         ledger.close()
     plan = SweepPlan(config, model, corpus, bos, tuple(studies))
+    if plan.trainings_left:
+        check_memory(config, model, plan.pack_size)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
         # a sweep whose text is cached does without the hub
         require_corpus(config.corpus)

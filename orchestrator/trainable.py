@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Validation sequences behind the progress figures; the final figures use all of them.
 BRIEF_SEQUENCES = 8
+# A kl this many times that of the mean pattern is no reconstruction any more, and no training comes back from it.
+RUNAWAY_KL = 100
 PROGRESS_METRICS = ("kl", "kl_recovered", "l0")
 
 _log = logging.getLogger(__name__)
@@ -114,7 +116,9 @@ class PackTrainable(tune.Trainable):
     def _report(self, index: int, losses: dict[str, float], metrics: dict[str, float | None]) -> MemberReport:
         member, training_id = self._trainer.members[index], self._ids[index]
         if not (member.is_finite and _finite(losses | metrics)):
-            return self._give_up(index)
+            return self._give_up(index, "a loss or metric is not finite")
+        if metrics["kl"] > RUNAWAY_KL * self._reference.kl_baseline:
+            return self._give_up(index, f"kl {metrics['kl']:.3g} is over {RUNAWAY_KL} times the mean pattern's")
         finished = self._trainer.finished
         figures = metrics if finished else losses | metrics
         path = checkpoint_path(self._order.sweep_folder, training_id)
@@ -178,13 +182,13 @@ class PackTrainable(tune.Trainable):
             order.sweep_folder / dictionary_path(training_id), member.transcoder, self._layer, config
         )
 
-    def _give_up(self, index: int) -> MemberReport:
+    def _give_up(self, index: int, why: str) -> MemberReport:
         return MemberReport(
             training_id=self._ids[index],
             tokens=self._trainer.tokens_done,
             seconds=0.0,
             metrics={},
-            error=f"{DIVERGED} by token {self._trainer.tokens_done}; try a lower learning rate",
+            error=f"{DIVERGED} by token {self._trainer.tokens_done} ({why}); try a lower learning rate",
         )
 
     def _keep(self, indices: list[int]) -> None:

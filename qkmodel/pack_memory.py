@@ -19,7 +19,7 @@ DENSE_BYTES, SPARSE_BYTES = 36, 2
 # A batch in use, the next one, and what making it takes.
 BATCHES = 3
 # What a process takes before its first pack, Ray's worker included; and machine code and buffers from then on.
-LIBRARIES_BYTES = 500_000_000
+LIBRARIES_BYTES = 700_000_000
 RUNNING_BYTES = 185_000_000
 
 

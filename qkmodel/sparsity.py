@@ -18,7 +18,7 @@ JUMP_BANDWIDTH = 0.5
 # Weight of JumpReLU's pre-activation term beside its L0 term.
 PRE_ACTIVATION_WEIGHT = 3e-6
 # How fast BatchTopK's inference threshold follows the batches.
-THRESHOLD_RATE = 0.02
+THRESHOLD_RATE = 0.1
 # Where the exponent of p-annealing ends.
 FINAL_EXPONENT = 0.2
 

@@ -116,17 +116,22 @@ def test_pack_size(tmp_path: Path, overrides: list[str], size: int) -> None:
 def test_packs_shrink_to_what_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_sweep(tmp_path)
     overrides = [f"resources.pack.cpu={machine_cpus()}", "search.space.dictionary_size=[512,131072]"]
-    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 10**12)
+    monkeypatch.setattr("orchestrator.pack_size.device_memory", lambda config: 10**12)
     roomy = plan_of(file, *overrides, "search.space.seed=[0,1,2,3]", "search.trainings=16")
     assert roomy.pack_size == 8
     # 131,072 features of 576 + 576 and 576 + 192 numbers, three floats and a sixth each
     weights = 131_072 * (2 * 576 + 576 + 192 + 2)
     assert 8 * 14 * weights < roomy.pack_bytes < 8 * 14 * weights * 1.5
-    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 5 * 14 * weights)
+    monkeypatch.setattr("orchestrator.pack_size.device_memory", lambda config: 5 * 14 * weights)
     tight = plan_of(file, *overrides, "search.space.seed=[0,1,2,3]", "search.trainings=16")
     assert 1 < tight.pack_size < 4 and tight.pack_bytes < 0.7 * 5 * 14 * weights
-    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 10**6)
+    monkeypatch.setattr("orchestrator.pack_size.device_memory", lambda config: 2 * 14 * weights)
     assert plan_of(file, *overrides).pack_size == 1
+    monkeypatch.setattr("orchestrator.pack_size.device_memory", lambda config: 14 * weights)
+    with pytest.raises(InputError, match=r"search\.space\.dictionary_size: a pack of 1 takes about .* GB of memory"):
+        plan_of(file, *overrides)
+    with pytest.raises(InputError, match=r"pack: a pack of 3 takes about .* fewer trainings in a pack"):
+        plan_of(file, *overrides, "pack=3")
 
 
 @pytest.mark.parametrize("key", ["pack", "activations"])
@@ -140,7 +145,7 @@ def test_packs_that_share_a_gpu_run_at_once(tmp_path: Path, monkeypatch: pytest.
     for module in ("plan", "plan_checks"):
         monkeypatch.setattr(f"orchestrator.{module}.machine_gpus", lambda: 2)
         monkeypatch.setattr(f"orchestrator.{module}.machine_cpus", lambda: 16)
-    monkeypatch.setattr("orchestrator.pack_size._device_memory", lambda config: 10**12)
+    monkeypatch.setattr("orchestrator.pack_size.device_memory", lambda config: 10**12)
     file = write_sweep(tmp_path)
     assert [plan_of(file, f"resources.pack.gpu={share}").slots for share in (1, 0.5, 0.3, 0)] == [2, 4, 6, 16]
     assert plan_of(file, "resources.pack={cpu: 8, gpu: 0.25}").slots == 2

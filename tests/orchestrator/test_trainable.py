@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pack_order import MemberOrder, MemberReport, PackOrder, checkpoint_path
+from orchestrator.pack_order import DIVERGED, MemberOrder, MemberReport, PackOrder, checkpoint_path
 from orchestrator.trainable import PackTrainable
 from qkmodel.configs import CorpusConfig, ModelConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity, load_dictionary
@@ -110,6 +110,13 @@ def test_a_diverging_member_leaves_and_the_others_do_not_notice(world: SmallWorl
     assert math.isfinite(answers[-1]["calm"].metrics["kl"])
     run(order(world, tmp_path / "alone", {"calm": 1e-2}))
     assert transcoder_bytes(tmp_path / "both", "calm") == transcoder_bytes(tmp_path / "alone", "calm")
+
+
+def test_a_finite_kl_beyond_all_reason_counts_as_diverged(world: SmallWorld, tmp_path: Path) -> None:
+    _, answers = run(order(world, tmp_path, {"wild": 1e6, "calm": 1e-2}))
+    error = answers[0]["wild"].error
+    assert error.startswith(DIVERGED) and "is over 100 times the mean pattern's" in error
+    assert answers[-1].keys() == {"calm"}
 
 
 def test_a_pack_of_diverging_members_is_done_at_once(world: SmallWorld, tmp_path: Path) -> None:

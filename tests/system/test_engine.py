@@ -118,12 +118,13 @@ def test_streamed_activations_train_as_cached_ones_do(prepared: Prepared, model:
 
 
 def test_threshold_activations_learn_on_real_text(prepared: Prepared) -> None:
-    batchtopk, jumprelu = prepared.finish(
-        [
-            Hyperparameters(dictionary_size=512, activation="batchtopk", k=16, learning_rate=6e-3),
-            Hyperparameters(dictionary_size=512, activation="jumprelu", sparsity_coefficient=2e-2, learning_rate=6e-3),
-        ],
-        batch_sequences=2,
-    )
+    members = [
+        Hyperparameters(dictionary_size=512, activation="batchtopk", k=16, learning_rate=6e-3),
+        Hyperparameters(dictionary_size=512, activation="jumprelu", sparsity_coefficient=2e-2, learning_rate=6e-3),
+    ]
+    batchtopk, jumprelu = prepared.finish(members, batch_sequences=2)
     assert batchtopk["l0"] == pytest.approx(16, rel=0.1) and batchtopk["kl_recovered"] > 0.9
     assert 5 < jumprelu["l0"] < 30 and jumprelu["kl_recovered"] > 0.9
+    # the threshold follows fast enough for a training of 64 steps, too
+    (short,) = prepared.finish(members[:1], tokens=64 * 1024)
+    assert short["l0"] == pytest.approx(16, rel=0.1)
