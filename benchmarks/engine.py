@@ -107,7 +107,7 @@ def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[
         if not pack.finished:
             timed(parts, "reports", lambda: measure_on(BRIEF_SEQUENCES))
     metrics = timed(parts, "final metrics", lambda: measure_on(TRAINING.validation_sequences))
-    return sorted(one["kl"] for one in metrics)[len(metrics) // 2]
+    return median(one["kl"] for one in metrics)
 
 
 def cross_entropy_seconds(model: LanguageModel, pack: PackTrainer) -> float:
@@ -167,6 +167,7 @@ class PlainLoop:
         self.model, self.cache, self.dtype = model, pack.cache, dtype
         self.layer, self.tokens_per_step = pack.layer.geometry.layer, pack.tokens_per_step
         self.training = PlainTraining(pack.layer, pack.reference)
+        self.available = sequences_per_epoch(TRAINING, CORPUS.context, pack.cache.train_sequences_available)
         self.steps = 0
         self.seconds: list[float] = []
 
@@ -174,11 +175,12 @@ class PlainLoop:
         """Two steps, the second of which counts."""
         torch.set_num_threads(threads)
         for _ in range(2):
-            numbers = batch_sequences(self.steps, TRAINING.batch_sequences, 3200, 0)
+            numbers = batch_sequences(self.steps, TRAINING.batch_sequences, self.available, 0)
             tokens = self.cache.tokens("train", numbers)
             started = time.perf_counter()
+            x = next(self.model.attention_inputs_of_batches([tokens], [self.layer], self.dtype))[self.layer].float()
             with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
-                self.training.step(self.model.attention_inputs(tokens, [self.layer])[self.layer])
+                self.training.step(x)
             last = time.perf_counter() - started
             self.steps += 1
         self.seconds.append(last)

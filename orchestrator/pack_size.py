@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ByteSize
@@ -21,28 +23,36 @@ LARGEST_PACK = 8
 LARGEST_ADAPTIVE_PACK = 4
 # The rest is for the driver, the page cache of activations, and what the model of memory does not see.
 MEMORY_SHARE = 0.7
+# What changes the cost of a training's step.
+COSTLY = ("activation", "dictionary_size", "key_dictionary_size", "k", "key_k")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def kinds_of_training(space: Sequence[Alternative]) -> list[Hyperparameters]:
-    """One training for each dictionary size and activation of the space; nothing else changes what a step costs."""
-    kinds = {}
+    """One training for each combination of what changes a step's cost, of ranges and lists both ends."""
+    kinds = []
     for alternative in space:
         first = {name: extremes(name, setting)[0] for name, setting in alternative.items()}
-        for size in extremes("dictionary_size", alternative["dictionary_size"]):
-            for activation in extremes("activation", alternative["activation"]):
-                kinds[size, activation] = Hyperparameters(**first | {"dictionary_size": size, "activation": activation})
-    return list(kinds.values())
+        costly = {name: _ends(extremes(name, alternative[name])) for name in COSTLY if name in alternative}
+        kinds += [
+            Hyperparameters(**first | dict(zip(costly, chosen, strict=True))) for chosen in product(*costly.values())
+        ]
+    return kinds
+
+
+def _ends(found: list[Any]) -> list[Any]:
+    """Least and largest number, or every word."""
+    return found if isinstance(found[0], str) else sorted({min(found), max(found)})
 
 
 def memory_of_pack(config: SweepConfig, model: ModelDescription, size: int) -> int:
     """Bytes of a pack of `size` trainings of the largest kind, and of the language model if it measures them."""
     threads, batch = max(1, int(config.resources.pack.cpu)), config.training.batch_sequences
-    geometry = geometry_of(model)
+    geometry, device = geometry_of(model), "cuda" if config.resources.pack.gpu > 0 else "cpu"
     # twelve d_model² weights a layer is what transformers have, the vocabulary left out
     measured_by = 4 * 12 * model.n_layers * model.d_model**2 if config.training.patched_sequences > 0 else 0
     return measured_by + max(
-        pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads)
+        pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads, device)
         for kind in kinds_of_training(config.search.space)
     )
 

@@ -70,10 +70,13 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
         if checked.measured is not None:
             keep_opening_token(checked.measured, checked.plan.bos_file)
         prepared = prepare(checked, view.say, view.cache_progress) if checked.plan.trainings_left else None
+        plan = checked.plan
+        # it holds the model and the text, which would take memory while packs train
+        del checked
         if not was_there:
             plan.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(_only_driver(plan.folder))
-        return _run_prepared(checked.plan, prepared, view)
+        return _run_prepared(plan, prepared, view)
 
 
 def _only_driver(folder: Path) -> contextlib.AbstractContextManager[None]:

@@ -68,7 +68,7 @@ class PackTrainable(tune.Trainable):
             self._reference,
             order.training,
             order.seed,
-            order.threads,
+            order.threads if order.device == "cpu" else 1,
         )
         self._ids = [member.training_id for member in order.members]
         if order.steps_done > 0:
@@ -87,7 +87,7 @@ class PackTrainable(tune.Trainable):
             if self._trainer is None:
                 self._open()
             return self._train_and_report()
-        except (RuntimeError, OSError, MemoryError, ValueError, LookupError, ArithmeticError) as error:
+        except (RuntimeError, OSError, MemoryError, ValueError, LookupError, ArithmeticError, ImportError) as error:
             _log.exception("pack %s", self._order.pack_id)
             reason = str(error).strip().splitlines() or ["no message"]
             return {"reports": [], "error": f"{type(error).__name__}: {reason[0]}", "done": True}

@@ -34,6 +34,7 @@ from qkmodel.activations import (
     layer_part,
     map_shard,
     read_manifest,
+    request_bytes,
     shard_path,
 )
 from qkmodel.corpus import TokenisedCorpus
@@ -106,6 +107,9 @@ def build_activation_cache(
     root.mkdir(parents=True, exist_ok=True)
     with exclusive(root / f"{key.folder_name}.lock", lambda holder: _say_waiting(root, key, holder)):
         build = _Build(root / key.folder_name, key, request)
+        if not (build.lacks_tokens or build.missing_activations()):
+            # what was whole may be made whole again, whatever the limit is by now
+            max_bytes = max(max_bytes, build.request_bytes)
         build.drop_damaged()
         if build.lacks_tokens:
             corpus = corpus or corpus_loader(*whole)
@@ -140,6 +144,10 @@ class _Build:
         for part in (folder, folder / TOKENS, *folder.glob("L*")):
             for partial in part.glob(f".*{PARTIAL_SUFFIX}"):
                 partial.unlink()
+
+    @property
+    def request_bytes(self) -> int:
+        return request_bytes(self._manifest, self._request)
 
     @property
     def lacks_tokens(self) -> bool:

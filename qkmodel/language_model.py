@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import torch
 import transformers
@@ -92,7 +93,9 @@ class LanguageModel:
                 return {names[name]: x for name, x in run(tokens).items()}
 
         with self._capturing(list(names)) as run, ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(inputs, batches)
+            # one size at a time: transformer_lens keeps a batch's size on the model, for learned positions
+            for _, of_one_size in groupby(batches, key=len):
+                yield from pool.map(inputs, of_one_size)
 
     @contextlib.contextmanager
     def _capturing(self, names: Sequence[str]) -> Iterator[Callable[[Tensor], dict[str, Tensor]]]:

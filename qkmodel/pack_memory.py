@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qkmodel.attention import AttentionGeometry
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
+from qkmodel.pattern_comparison import EVALUATION_BATCH
 from qkmodel.transcode import SPARSE_SHARE
 
 # For each weight: itself and two moments of the optimiser in float32, and a sixth for what the allocator cannot reuse.
@@ -24,11 +25,20 @@ RUNNING_BYTES = 185_000_000
 
 
 def pack_bytes(
-    members: Sequence[Hyperparameters], geometry: AttentionGeometry, batch: int, context: int, threads: int
+    members: Sequence[Hyperparameters],
+    geometry: AttentionGeometry,
+    batch: int,
+    context: int,
+    threads: int,
+    device: str = "cpu",
 ) -> int:
-    """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once."""
+    """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once.
+
+    Evaluation, in batches of its own size, is reckoned as steps of that size.
+    """
+    batch = max(batch, EVALUATION_BATCH)
     lasting = sum(LASTING_BYTES * _parameters(member, geometry) for member in members)
-    steps = sorted((_step_bytes(member, geometry, batch * context) for member in members), reverse=True)
+    steps = sorted((_step_bytes(member, geometry, batch * context, device) for member in members), reverse=True)
     fixed = LIBRARIES_BYTES + RUNNING_BYTES
     return fixed + lasting + sum(steps[:threads]) + BATCHES * _shared_bytes(geometry, batch, context)
 
@@ -47,10 +57,10 @@ def _parameters(member: Hyperparameters, geometry: AttentionGeometry) -> int:
     )
 
 
-def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: int) -> int:
+def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: int, device: str) -> int:
     total = STEP_BYTES * _parameters(member, geometry)
     for side, width in _sides(member, geometry):
-        sparse = side.k is not None and side.k <= SPARSE_SHARE * side.dictionary_size
+        sparse = device == "cpu" and side.k is not None and side.k <= SPARSE_SHARE * side.dictionary_size
         total += tokens * side.dictionary_size * (SPARSE_BYTES if sparse else DENSE_BYTES)
         # outputs, their rotated differences and gradients
         total += 4 * tokens * width * 6
@@ -60,6 +70,5 @@ def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: in
 def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int) -> int:
     """A batch's inputs (as they are and rounded), true queries and keys likewise, and p and log p in float32."""
     widths = geometry.d_model + (geometry.n_heads + geometry.n_kv_heads) * geometry.d_head
-    window = min(geometry.window or context, context)
-    scores = batch * geometry.n_heads * context * min(window, (context + window) // 2)
+    scores = batch * geometry.n_heads * context * (context + 1) // 2
     return 6 * batch * context * widths + 8 * scores

@@ -131,7 +131,9 @@ def _transcode_sparsely(transcoder: Transcoder, inputs: CentredInputs, code: Cod
     y, f = _SparseTranscoder.apply(*weights, inputs.x, code)
     active, smallest = tally(inputs.context, code.starts, code.values)
     if isinstance(transcoder.activation, BatchTopK):
-        transcoder.activation.follow(torch.tensor(smallest))
+        # with fewer positive ones than the budget everything positive is kept
+        is_full = active >= transcoder.activation.budget(len(y) // inputs.context, inputs.context)
+        transcoder.activation.follow(torch.tensor(smallest if is_full else 0.0))
     return Side(y, None, f, torch.from_numpy(code.features).long(), active)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import shutil
 import sqlite3
 from pathlib import Path
@@ -12,8 +13,10 @@ from orchestrator.config import load_sweep
 from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.pack_size import kinds_of_training
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_checks import machine_cpus
+from orchestrator.search.space import Range
 from qkmodel.activations import CacheRequest, missing_work, request_bytes
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import TOPK_GRID, write_sweep
@@ -132,6 +135,15 @@ def test_packs_shrink_to_what_memory_holds(tmp_path: Path, monkeypatch: pytest.M
         plan_of(file, *overrides)
     with pytest.raises(InputError, match=r"pack: a pack of 3 takes about .* fewer trainings in a pack"):
         plan_of(file, *overrides, "pack=3")
+
+
+def test_kinds_of_training_are_all_that_cost_differently() -> None:
+    space = {"dictionary_size": [512, 4096, 1024], "k": Range(low=8, high=256), "activation": ["topk", "batchtopk"]}
+    kinds = kinds_of_training([space | {"key_dictionary_size": 300, "learning_rate": [1e-3, 1e-2], "seed": [0, 1]}])
+    assert {(one.activation, one.dictionary_size, one.k) for one in kinds} == set(
+        itertools.product(("topk", "batchtopk"), (512, 4096), (8, 256))
+    )
+    assert {(one.key_dictionary_size, one.learning_rate, one.seed) for one in kinds} == {(300, 1e-3, 0)}
 
 
 @pytest.mark.parametrize("key", ["pack", "activations"])

@@ -337,6 +337,15 @@ def test_missing_work_is_what_the_build_then_does(tmp_path):
     assert work([2, 4], 100, 70).sequences == work([2, 4], 100, 70).bytes == 0
 
 
+def test_a_whole_cache_is_mended_whatever_the_limit_is_by_now(tmp_path):
+    cache = build(tmp_path)
+    shard = cache.folder / "L02/train-00001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    build(tmp_path, max_bytes=1)
+    assert shard.read_bytes() == content
+
+
 def test_streamed_sequences_are_cached_as_tokens_alone(tmp_path):
     cache = build(tmp_path, train=64, streamed=128)
     assert cache.tokens("train", range(192)).shape == (192, CONTEXT)

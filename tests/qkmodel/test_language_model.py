@@ -154,6 +154,14 @@ def test_the_converted_smollm2_equals_transformers_own_gguf_loading() -> None:
     assert total / count == pytest.approx(loss, abs=1e-4)
 
 
+def test_a_shorter_last_batch_does_not_disturb_the_others() -> None:
+    """transformer_lens notes a batch's size on the model for learned positions, which threads share."""
+    model = wrap(random_hf_model(CONFIGS["gpt2"]))
+    batches = [torch.randint(VOCABULARY, (5 if number % 8 == 7 else 8, 9)) for number in range(64)]
+    found = list(model.attention_inputs_of_batches(batches, [1], torch.float32, threads=4))
+    assert [len(one[1]) for one in found] == [len(batch) for batch in batches]
+
+
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_batches_on_threads_are_the_batches_one_by_one(products: torch.dtype) -> None:
     model, threads = wrap(random_hf_model(CONFIGS["llama3"])), torch.get_num_threads()

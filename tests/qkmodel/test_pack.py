@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qkmodel.transcode
 from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import batch_sequences, sequences_per_epoch
 from qkmodel.errors import InputError
@@ -13,6 +14,8 @@ from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer, checkpoint_steps, learning_rate_factor, load_checkpoint, save_checkpoint
 from qkmodel.pattern_kl import reference_pattern_kl
 from qkmodel.sparsity import SQRT_EPSILON
+from qkmodel.transcode import CentredInputs, Code, Side
+from qkmodel.transcoder import Transcoder
 from tests.qkmodel.world import SmallWorld
 
 RELU = {"activation": "relu", "learning_rate": 3e-3}
@@ -58,6 +61,37 @@ def test_packed_equals_alone_on_any_number_of_threads(world: SmallWorld, index: 
     pack.train(10)
     alone.train(10)
     assert_same_state(pack.members[index].state_tensors(), alone.members[0].state_tensors())
+
+
+def test_a_relu_that_turns_to_the_sparse_way_is_exact_across_the_change(
+    world: SmallWorld, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[int] = []
+
+    def counted(transcoder: Transcoder, given: CentredInputs, code: Code) -> Side:
+        ways.append(len(code.features))
+        return transcode_sparsely(transcoder, given, code)
+
+    transcode_sparsely = qkmodel.transcode._transcode_sparsely
+    monkeypatch.setattr("qkmodel.transcode._transcode_sparsely", counted)
+    # so that this small dictionary changes over within ten steps
+    monkeypatch.setattr("qkmodel.transcode.SPARSE_SHARE", 0.4)
+    sparse = Hyperparameters(
+        dictionary_size=64, activation="relu", penalty="sqrt", sparsity_coefficient=3, learning_rate=0.1
+    )
+    alone = trainer(world, [sparse])
+    alone.train(3)
+    assert ways == [], "it began on the sparse way"
+    save_checkpoint(alone.members[0], tmp_path / "checkpoint", "id", alone.steps_done)
+    alone.train(7)
+    assert len(ways) >= 6 and min(ways) > 0
+    continued = trainer(world, [MEMBERS[0], sparse], threads=2)
+    continued.steps_done = load_checkpoint(continued.members[1], tmp_path / "checkpoint", "id")
+    continued.train(7)
+    packed = trainer(world, [*MEMBERS[:3], sparse], threads=3)
+    packed.train(10)
+    for pack in (continued, packed):
+        assert_same_state(pack.members[-1].state_tensors(), alone.members[0].state_tensors())
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -122,6 +122,17 @@ def test_batchtopks_threshold_follows_the_batches_and_decides_alone_at_the_end()
     assert (transcoder.activation(pre) > 0).tolist() == [[False, True, False]]
 
 
+def test_a_budget_that_is_not_used_up_keeps_everything_positive_either_way() -> None:
+    sparse, dense = random_transcoder(64, BatchTopK(3)), random_transcoder(64, BatchTopK(3))
+    for transcoder in (sparse, dense):
+        transcoder.b_enc.data -= 9.0
+    given = inputs(4, torch.float32)
+    side = transcode(sparse, given)
+    _, f = densely(dense, given)
+    assert 0 < side.active == (f[:, 1:] > 0).sum() < 3 * 4 * (CONTEXT - 1)
+    assert sparse.activation.threshold == dense.activation.threshold == 0
+
+
 @pytest.mark.parametrize("activation", [TopK(3), BatchTopK(3), TopK(40)])
 def test_inference_is_the_dictionary_itself(activation: Activation) -> None:
     transcoder = random_transcoder(64, activation)
