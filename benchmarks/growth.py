@@ -72,7 +72,7 @@ def measure(dictionary_size: int = 1024, context: int = 128, members: int = 1) -
         for member in pack:
             member.step(batch, 1.0, 0.0)
         seconds.append(time.perf_counter() - started)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     if members == 0:
         return {"peak_mb": peak_mb}
     step = sorted(seconds[1:])[len(seconds) // 2 - 1] / members
