@@ -60,7 +60,7 @@ def estimate(checked: CheckedPlan) -> Estimate:
     reports = -(-plan.tokens_per_training // (config.training.report_tokens or -(-config.training.tokens // 8))) - 1
     evaluation_batches = plan.validation_sequences / EVALUATION_BATCH + reports
     model_batches = config.training.patched_sequences / EVALUATION_BATCH
-    threads = min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
+    threads = 1 if plan.device == "cuda" else min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
     at_once = min(plan.slots, plan.packs) * threads
     share = plan.trainings_left / at_once
     if streamed:
@@ -117,13 +117,16 @@ def _member_seconds(member: Member, batch: SharedBatch) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    work()
-    started = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / TIMED_STEPS
+    def timed(times: int) -> float:
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    timed(1)
+    return timed(TIMED_STEPS) / TIMED_STEPS
 
 
 def _random_layer(plan: SweepPlan) -> AttentionLayer:
