@@ -1,0 +1,104 @@
+"""Multi-objective successive halving: which trainings go on at a rung. Pure decisions.
+
+Trainings that reached the same rung are ranked by feasibility, then by non-dominated sorting (Deb et al. 2002, NSGA-II),
+ties by crowding distance. The best 1/η go on, asynchronously as in ASHA (Li et al. 2020): whoever arrives is compared
+with all that arrived before, and nobody waits.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from orchestrator.pareto import front
+
+
+@dataclass(frozen=True)
+class AtRung:
+    """What a training had reached at a rung: kl in nats, l0 in features per token, and whether they are in the box."""
+
+    training_id: str
+    kl: float
+    l0: float
+    feasible: bool
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.kl) and math.isfinite(self.l0)
+
+
+def survivors(asking: Collection[str], arrived: Sequence[AtRung], eta: float) -> set[str]:
+    """Which of the trainings `asking` go on, given all that `arrived` at the rung so far, these included.
+
+    The best ⌈n/η⌉ of the n that arrived, and the feasible ones with the least kl and the least l0: they bound the
+    front. The answer does not depend on the order of `arrived`. A training whose numbers are not finite never goes on.
+    """
+    ranked = [one for one in ranking(arrived) if one.is_finite]
+    kept = {one.training_id for one in ranked[: math.ceil(len(arrived) / eta)]}
+    feasible = [one for one in ranked if one.feasible]
+    if feasible:
+        kept.add(min(feasible, key=lambda one: (one.kl, one.l0, one.training_id)).training_id)
+        kept.add(min(feasible, key=lambda one: (one.l0, one.kl, one.training_id)).training_id)
+    return kept & set(asking)
+
+
+def ranking(arrived: Sequence[AtRung]) -> list[AtRung]:
+    """Best first: feasible before infeasible before not finite; within those front after front, the lonely first."""
+    ordered = sorted(arrived, key=lambda one: one.training_id)
+    finite = [one for one in ordered if one.is_finite]
+    ranked = []
+    for feasible in (True, False):
+        group = [one for one in finite if one.feasible == feasible]
+        for members in fronts(group):
+            distance = crowding(members, group)
+            ranked += sorted(members, key=lambda one: (-distance[one.training_id], one.training_id))
+    return ranked + [one for one in ordered if not one.is_finite]
+
+
+def fronts(trainings: Sequence[AtRung]) -> list[list[AtRung]]:
+    """The front, then the front of what is left, and so on."""
+    left, found = list(trainings), []
+    while left:
+        chosen = set(front([(one.l0, one.kl) for one in left]))
+        found.append([left[index] for index in sorted(chosen)])
+        left = [one for index, one in enumerate(left) if index not in chosen]
+    return found
+
+
+def crowding(members: Sequence[AtRung], group: Sequence[AtRung]) -> dict[str, float]:
+    """Training id -> how far its neighbours on the front `members` are apart, over both objectives.
+
+    Infinite at the ends. Distances are between ranks within the whole `group`, so that no objective's scale matters.
+    """
+    distance = dict.fromkeys((one.training_id for one in members), 0.0)
+    for objective in ("kl", "l0"):
+        levels = sorted({getattr(one, objective) for one in group})
+        places = {one.training_id: bisect_left(levels, getattr(one, objective)) for one in members}
+        line = sorted(set(places.values()))
+        for training_id, place in places.items():
+            at = bisect_left(line, place)
+            at_the_end = at in (0, len(line) - 1)
+            distance[training_id] += math.inf if at_the_end else line[at + 1] - line[at - 1]
+    return distance
+
+
+@dataclass(frozen=True)
+class FromRungToEnd:
+    """A finished training's values at a rung and at its end, (kl, l0) each."""
+
+    at_rung: tuple[float, float]
+    at_end: tuple[float, float]
+
+
+def extrapolated(values: tuple[float, float], finished: Sequence[FromRungToEnd]) -> tuple[float, float]:
+    """The (kl, l0) that a stopped training would have ended at: times the median ratio end/rung of the `finished`."""
+    return tuple(  # type: ignore[return-value]
+        value * median([one.at_end[index] / one.at_rung[index] for one in finished if one.at_rung[index] > 0] or [1.0])
+        for index, value in enumerate(values)
+    )
+
+
+def default_rungs(tokens: int, eta: float) -> tuple[int, ...]:
+    """A ninth and a third of a training for η = 3: the two rungs 1/η² and 1/η (benchmarks/search.py says why)."""
+    return tuple(round(tokens / eta**power) for power in (2, 1))
