@@ -22,9 +22,9 @@ def main() -> None:
         from orchestrator.cli import run
 
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         sys.stderr.write("interrupted; the same command continues where it was\n")
-        code = 128 + stopped_by
+        code = 128 + next(iter(interruption.args), stopped_by)
     sys.exit(code)
 
 

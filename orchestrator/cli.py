@@ -52,15 +52,18 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done and how long it would take; train nothing.")
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin everything anew; what was trained before stays beside it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Start or continue a sweep: train what FILE asks for and is not there yet, then show the fronts."""
     config = load_sweep(file, overrides or [])
     if dry_run:
         with _naming(file):
-            _print_plan(config, as_json)
+            _print_plan(config, as_json, fresh)
         return
-    _run(config, file, as_json)
+    _run(config, file, as_json, fresh)
 
 
 @app.command()
@@ -110,6 +113,38 @@ def ui(
     os.execve(command[0], command, os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
+@app.command()
+def simulate(
+    ledger: Annotated[
+        str,
+        typer.Argument(metavar="LEDGER", help="A finished sweep: its folder, its ledger file, its sweep file or name."),
+    ],
+    policy: Annotated[
+        # whether it can be read is answered by what reads it
+        Path, typer.Option(metavar="FILE", readable=False, help="How trainings are chosen: see docs/sweep-file.md.")
+    ],
+    seeds: Annotated[int, typer.Option(help="Replays, each with a seed of its own.", min=1, max=1000)] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay a finished sweep's trainings under another policy: hypervolume against tokens, nothing trained."""
+    from orchestrator.simulation.curves import curves_record, curves_table
+    from orchestrator.simulation.policy import load_policy
+    from orchestrator.simulation.recorded import read_recorded_sweep
+    from orchestrator.simulation.replay import SNAPPING_RULE, replay
+
+    chosen = load_policy(policy)
+    path = Path(ledger)
+    opened = Ledger.open_existing(path) if path.is_file() and path.suffix == ".sqlite" else _open_ledger(ledger)
+    recorded = read_recorded_sweep(opened)
+    curves = [replay(recorded, chosen.model_copy(update={"seed": chosen.seed + number})) for number in range(seeds)]
+    record = curves_record(recorded, curves)
+    if as_json:
+        _print_json(record)
+        return
+    messages.print(SNAPPING_RULE, highlight=False)
+    console.print(curves_table(record))
+
+
 def run(arguments: Sequence[str]) -> int:
     """Does what the command line asks and returns the exit code; what goes wrong becomes one line."""
     warnings.filterwarnings("ignore")
@@ -137,12 +172,12 @@ def _say_error(line: str) -> None:
     messages.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
+def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool) -> None:
     from orchestrator.plan import make_plan
 
     # planned before the seconds that ray and mlflow take to import: most mistakes show here
     with _naming(file):
-        plan = make_plan(config)
+        plan = make_plan(config, fresh=fresh)
     from orchestrator.packs_on_ray import RayStopped
     from orchestrator.sweep import run_sweep
     from orchestrator.terminal import LogView, TerminalView
@@ -153,7 +188,7 @@ def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
     except RayStopped as error:
         _say_error(str(error))
         raise typer.Exit(1) from error
-    if outcome.trained == 0 and outcome.failed == 0:
+    if outcome.trained == 0 and outcome.stopped == 0 and outcome.failed == 0 and outcome.budget_line is None:
         messages.print(f"nothing left to do: sweep {config.name} has everything that {file} asks for")
     if as_json:
         _print_json(fronts_record(outcome.ledger))
@@ -163,6 +198,10 @@ def _run(config: SweepConfig, file: Path, as_json: bool) -> None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
     folder = shlex.quote(str(outcome.ledger.folder))
     messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
+    if outcome.stopped:
+        messages.print(f"{counted(outcome.stopped, 'training')} stopped at rungs", markup=False)
+    if outcome.budget_line is not None:
+        messages.print(f"{outcome.budget_line}: raise it and start again to go on", markup=False)
     if outcome.failed:
         failed = counted(outcome.failed, "training")
         messages.print(f"{failed} failed: orchestrate status {folder}", markup=False, soft_wrap=True)
@@ -191,11 +230,11 @@ def _naming(file: Path) -> Iterator[None]:
         raise InputError(f"{file}: {error}") from error
 
 
-def _print_plan(config: SweepConfig, as_json: bool) -> None:
+def _print_plan(config: SweepConfig, as_json: bool, fresh: bool) -> None:
     from orchestrator.plan import make_plan
 
     # planned before the seconds that torch takes to import: most mistakes show here
-    plan = make_plan(config)
+    plan = make_plan(config, fresh=fresh)
     from orchestrator.estimate import estimate
     from orchestrator.late_checks import check_plan
     from orchestrator.plan_tables import estimate_lines, estimate_record, plan_table

@@ -10,15 +10,13 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
-    field_serializer,
     field_validator,
     model_validator,
 )
 
 from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.composition import compose_sweep
-from orchestrator.search.space import Alternative
-from orchestrator.search.space_checks import validate_space
+from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig
 from orchestrator.validation import explain
 from qkmodel.configs import (
     ActivationsConfig,
@@ -49,36 +47,6 @@ def _not_built(what: str, absent: object) -> BeforeValidator:
         return absent
 
     return BeforeValidator(check)
-
-
-class SearchConfig(Schema):
-    """What to try. `trainings` is the budget of one layer; `space` holds one or more alternatives.
-
-    In an alternative a value fixes a hyperparameter, a list chooses, a mapping is a range.
-    """
-
-    sampler: Literal["auto", "grid", "random", "tpe", "gp", "nsga2"] = "auto"
-    trainings: WholeNumber = Field(gt=0, le=100_000, examples=[8])
-    space: tuple[Alternative, ...] = Field(examples=[{"dictionary_size": 512, "activation": "topk", "k": 16}])
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: object) -> object:
-        if isinstance(value, dict):
-            return (value,)
-        if not isinstance(value, list | tuple):
-            raise ValueError("must be a mapping of hyperparameters, or a list of such mappings")
-        return value
-
-    @model_validator(mode="after")
-    def _searchable(self) -> Self:
-        validate_space(self.space, self.sampler, self.trainings)
-        return self
-
-    @field_serializer("space", mode="wrap")
-    def _as_written(self, space: tuple[Alternative, ...], dump: Any) -> Any:
-        alternatives = dump(space)
-        return alternatives[0] if len(alternatives) == 1 else alternatives
 
 
 class PackResources(Schema):
@@ -120,7 +88,7 @@ class SweepConfig(Schema):
     seed: WholeNumber = Field(default=0, ge=0, lt=2**32)
     training: TrainingConfig = Field(examples=[{"tokens": 100_000}])
     search: SearchConfig = Field(examples=["topk"])
-    halving: Annotated[None, _not_built("stopping trainings at rungs", None)] = None
+    halving: HalvingSetting = "auto"
     pack: Literal["auto"] | int = "auto"
     resources: ResourcesConfig = ResourcesConfig()
     activations: ActivationsConfig = ActivationsConfig()
@@ -182,6 +150,16 @@ class SweepConfig(Schema):
             raise InputError(
                 f"training.tokens: {self.training.tokens} is less than one batch; raise it to {batch_tokens} "
                 f"({self.training.batch_sequences} sequences of {self.corpus.context} tokens) or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rungs_within_a_training(self) -> Self:
+        rungs = self.halving.rungs if isinstance(self.halving, HalvingConfig) else None
+        if rungs is not None and rungs[-1] >= self.training.tokens:
+            raise InputError(
+                f"halving.rungs: {rungs[-1]} is not below training.tokens {self.training.tokens}; "
+                "a rung is where a training may be stopped before its end"
             )
         return self
 

@@ -32,7 +32,7 @@ class Estimate:
 
     Measured: one forward pass to the deepest layer, one through the whole model, and optimiser steps of the
     space's trainings on random activations of the right shape. Assumed: an evaluation batch costs what a step
-    costs, and packs that run side by side do not slow each other down.
+    costs, packs that run side by side do not slow each other down, and halving stops as many as it promises.
     """
 
     cache_bytes: int
@@ -62,7 +62,7 @@ def estimate(checked: CheckedPlan) -> Estimate:
     model_batches = config.training.patched_sequences / EVALUATION_BATCH
     threads = 1 if plan.device == "cuda" else min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
     at_once = min(plan.slots, plan.packs) * threads
-    share = plan.trainings_left / at_once
+    share = plan.trainings_left * plan.share_trained / at_once
     if streamed:
         shared_seconds += forward_seconds * config.training.batch_sequences / EVALUATION_BATCH
     return Estimate(

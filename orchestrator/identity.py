@@ -23,11 +23,13 @@ def study_identity(
     training: TrainingConfig,
     dtype: str,
     seed: int,
+    attempt: int = 0,
 ) -> dict[str, Any]:
     """Everything but the hyperparameters that can change a training's result, as JSON-able values.
 
     Names and places of files are left out (their content's hash is in), and `training.report_tokens`, which
-    moves only when progress is reported. `bos` is the opening token that `corpus.bos` resolved to.
+    moves only when progress is reported. `bos` is the opening token that `corpus.bos` resolved to. An `attempt` after
+    the first is part of it, so that nothing of the earlier ones counts.
     """
     return {
         "format": IDENTITY_FORMAT,
@@ -44,7 +46,7 @@ def study_identity(
         "training": training.model_dump(mode="json", exclude={"report_tokens"}),
         "dtype": dtype,
         "seed": seed,
-    }
+    } | ({"attempt": attempt} if attempt else {})
 
 
 def study_id(identity: Mapping[str, Any]) -> str:

@@ -1,18 +1,20 @@
 """The sweep's database: the only truth about what was asked for, trained, found and delivered.
 
-One SQLite file in the sweep's folder. A training's state moves open -> running -> finished | failed and,
-after an interruption, back to open. `finished` is final while its dictionary is there: the first result wins, and
-whatever a late or repeated event says about a finished training changes nothing, so every write may be repeated.
+One SQLite file in the sweep's folder. A training's state moves open -> running -> finished | stopped | failed and,
+after an interruption or at a rung, back to open. `finished` is final while its dictionary is there: the first result
+wins, and whatever a late or repeated event says about a finished training changes nothing, so every write may be
+repeated.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
@@ -34,6 +36,15 @@ from orchestrator.ledger_tables import (
     read_trainings,
 )
 from qkmodel.errors import InputError
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Tokens trained on, the same once all that is begun has ended, and the seconds that packs took."""
+
+    tokens: int
+    tokens_committed: int
+    seconds: float
 
 
 class Ledger:
@@ -84,7 +95,7 @@ class Ledger:
         self._engine.dispose()
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
+    def transaction(self) -> Iterator[Session]:
         """One transaction: committed at the end of the block, rolled back on an exception."""
         with Session(self._engine) as session, session.begin():
             yield session
@@ -92,14 +103,16 @@ class Ledger:
     # -- the sweep and its studies
 
     def open_sweep(
-        self, name: str, config: Mapping[str, Any], git_sha: str | None, versions: Mapping[str, str]
+        self, name: str, config: Mapping[str, Any], git_sha: str | None, versions: Mapping[str, str], attempt: int = 0
     ) -> SweepRecord:
         """Record the sweep, or that it was started again with a perhaps changed configuration.
 
+        `attempt` counts how often everything was begun afresh.
+
         Raises InputError when the ledger belongs to a sweep of another name.
         """
-        facts = {"config": dict(config), "git_sha": git_sha, "versions": dict(versions)}
-        with self._session() as session:
+        facts = {"config": dict(config), "git_sha": git_sha, "versions": dict(versions), "attempt": attempt}
+        with self.transaction() as session:
             statement = insert(SweepRow).values(sweep=1, name=name, created=_now(), **facts)
             session.execute(statement.on_conflict_do_update(index_elements=["sweep"], set_=facts))
             row = session.get_one(SweepRow, 1)
@@ -107,9 +120,14 @@ class Ledger:
                 raise InputError(f"{self.path} belongs to sweep {row.name!r}, not {name!r}: use another folder")
             return SweepRecord(**own_fields(row, SweepRecord))
 
+    def attempt(self) -> int | None:
+        """How often everything was begun afresh; None when no sweep was recorded yet."""
+        with self.transaction() as session:
+            return session.scalar(select(SweepRow.attempt))
+
     def sweep(self) -> SweepRecord:
         """Raises InputError when no sweep was recorded yet."""
-        with self._session() as session:
+        with self.transaction() as session:
             row = session.get(SweepRow, 1)
             if row is None:
                 raise InputError(f"no sweep here: {self.path} is empty; start the sweep first")
@@ -119,7 +137,7 @@ class Ledger:
         self, study_id: str, task: str, layer: int, identity: Mapping[str, Any], *, model: str, corpus: str
     ) -> Study:
         """Record a study, or return the one that is there."""
-        with self._session() as session:
+        with self.transaction() as session:
             statement = insert(StudyRow).values(
                 study_id=study_id,
                 task=task,
@@ -133,9 +151,15 @@ class Ledger:
             session.execute(statement.on_conflict_do_nothing())
             return Study(**own_fields(session.get_one(StudyRow, study_id), Study))
 
+    def set_constraints(self, study_id: str, constraints: Mapping[str, tuple[float | None, float | None]]) -> None:
+        """Record what a point of the study's front has to meet beyond the feasible box."""
+        statement = update(StudyRow).where(StudyRow.study_id == study_id).values(constraints=dict(constraints))
+        with self.transaction() as session:
+            session.execute(statement)
+
     def set_current(self, tokens_planned: Mapping[str, int]) -> None:
         """Record which studies this start of the sweep asks for, and the tokens that each comes to when it is done."""
-        with self._session() as session:
+        with self.transaction() as session:
             session.execute(update(StudyRow).values(tokens_planned=None))
             for study_id, tokens in tokens_planned.items():
                 session.execute(update(StudyRow).where(StudyRow.study_id == study_id).values(tokens_planned=tokens))
@@ -147,12 +171,12 @@ class Ledger:
         """
         values = {name: _finite(value) for name, value in reference.items()}
         statement = update(StudyRow).where(StudyRow.study_id == study_id).values(reference=values)
-        with self._session() as session:
+        with self.transaction() as session:
             if session.execute(statement).rowcount == 0:
                 raise KeyError(study_id)
 
     def studies(self) -> list[Study]:
-        with self._session() as session:
+        with self.transaction() as session:
             rows = session.scalars(select(StudyRow).order_by(StudyRow.layer, StudyRow.created))
             return [Study(**own_fields(row, Study)) for row in rows]
 
@@ -172,14 +196,14 @@ class Ledger:
             tokens_planned=tokens_planned,
             created=_now(),
         )
-        with self._session() as session:
+        with self.transaction() as session:
             session.execute(statement.on_conflict_do_nothing(index_elements=["training_id"]))
         return self.training(training_id)
 
     def start(self, training_id: str, pack: str, machine: Mapping[str, Any]) -> None:
         """A worker takes the training up: one more attempt. `started` stays that of the first."""
         first_start = func.coalesce(TrainingRow.started, _now())
-        with self._session() as session:
+        with self.transaction() as session:
             self._update(
                 session,
                 training_id,
@@ -200,7 +224,7 @@ class Ledger:
         """
         common = {"training_id": training_id, "tokens": tokens, "recorded": _now()}
         values = [{"name": name, "value": _finite(value), **common} for name, value in metrics.items()]
-        with self._session() as session:
+        with self.transaction() as session:
             is_unfinished = self._update(
                 session,
                 training_id,
@@ -217,7 +241,7 @@ class Ledger:
         values = [
             {"training_id": training_id, "name": name, "value": _finite(value)} for name, value in metrics.items()
         ]
-        with self._session() as session:
+        with self.transaction() as session:
             is_first = self._update(
                 session,
                 training_id,
@@ -232,13 +256,13 @@ class Ledger:
 
     def fail(self, training_id: str, error: str) -> None:
         """Record that the training came to nothing, and why."""
-        with self._session() as session:
+        with self.transaction() as session:
             self._update(session, training_id, state="failed", error=error, finished=_now())
 
-    def reopen(self, training_id: str) -> None:
-        """Put an interrupted or failed training back in the queue; its attempts and reports stay."""
-        with self._session() as session:
-            self._update(session, training_id, state="open", error=None, finished=None)
+    def reopen(self, training_id: str, failures: int = 0) -> None:
+        """Put an interrupted, failed or stopped training back in the queue; attempts, decisions and reports stay."""
+        with self.transaction() as session:
+            self._update(session, training_id, state="open", error=None, finished=None, failures=failures)
 
     def discard_result(self, training_id: str, reason: str) -> None:
         """Put a finished training back in the queue, as one that has done nothing; `reason` stays until it is started.
@@ -247,7 +271,7 @@ class Ledger:
         """
         is_finished = (TrainingRow.training_id == training_id, TrainingRow.state == "finished")
         statement = update(TrainingRow).where(*is_finished)
-        with self._session() as session:
+        with self.transaction() as session:
             nothing = {
                 "tokens_done": 0,
                 "seconds": 0.0,
@@ -261,7 +285,7 @@ class Ledger:
     def reopen_running(self) -> None:
         """Put back in the queue whatever is running: for a driver that starts, or that stops before its packs do."""
         statement = update(TrainingRow).where(TrainingRow.state == "running")
-        with self._session() as session:
+        with self.transaction() as session:
             session.execute(statement.values(state="open", error=None, finished=None))
 
     def _update(self, session: Session, training_id: str, **values: Any) -> bool:
@@ -274,7 +298,7 @@ class Ledger:
         return False
 
     def training(self, training_id: str) -> Training:
-        with self._session() as session:
+        with self.transaction() as session:
             found = read_trainings(session, TrainingRow.training_id == training_id)
         if not found:
             raise KeyError(training_id)
@@ -287,7 +311,7 @@ class Ledger:
             conditions.append(TrainingRow.study_id == study_id)
         if state is not None:
             conditions.append(TrainingRow.state == state)
-        with self._session() as session:
+        with self.transaction() as session:
             return read_trainings(session, *conditions)
 
     def reports(self, training_id: str, after: int = 0) -> list[Report]:
@@ -297,7 +321,7 @@ class Ledger:
             .where(ReportRow.training_id == training_id, ReportRow.report_id > after)
             .order_by(ReportRow.report_id)
         )
-        with self._session() as session:
+        with self.transaction() as session:
             return [Report(**own_fields(row, Report)) for row in session.scalars(statement)]
 
     def counts(self, study_id: str | None = None) -> dict[State, int]:
@@ -305,16 +329,27 @@ class Ledger:
         statement = select(TrainingRow.state, func.count()).group_by(TrainingRow.state)
         if study_id is not None:
             statement = statement.where(TrainingRow.study_id == study_id)
-        with self._session() as session:
+        with self.transaction() as session:
             found = dict(session.execute(statement).tuples().all())
         return {state: found.get(state, 0) for state in STATES}
+
+    def spent(self) -> Spent:
+        """What the trainings of the sweep have cost, those of earlier attempts and former studies too."""
+        unfinished = case((TrainingRow.state.in_(("open", "running")), TrainingRow.tokens_planned), else_=None)
+        columns = (
+            func.coalesce(func.sum(TrainingRow.tokens_done), 0),
+            func.coalesce(func.sum(func.coalesce(unfinished, TrainingRow.tokens_done)), 0),
+            func.coalesce(func.sum(TrainingRow.seconds), 0.0),
+        )
+        with self.transaction() as session:
+            return Spent(*session.execute(select(*columns)).one())
 
     # -- what MLflow already holds
 
     def delivered(self) -> dict[str, dict[str, str]]:
         """run id -> item -> value, as noted by `note_delivered`."""
         notes: dict[str, dict[str, str]] = {}
-        with self._session() as session:
+        with self.transaction() as session:
             for row in session.scalars(select(DeliveryRow)):
                 notes.setdefault(row.run_id, {})[row.item] = row.value
         return notes
@@ -322,7 +357,7 @@ class Ledger:
     def note_delivered(self, run_id: str, item: str, value: str) -> None:
         """Note that `item` of an MLflow run now stands at `value`."""
         statement = insert(DeliveryRow).values(run_id=run_id, item=item, value=value)
-        with self._session() as session:
+        with self.transaction() as session:
             session.execute(statement.on_conflict_do_update(index_elements=["run_id", "item"], set_={"value": value}))
 
 

@@ -11,7 +11,7 @@ from orchestrator.ledger_tables import Table
 from qkmodel.errors import InputError
 
 LEDGER_FILE = "ledger.sqlite"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_TIMEOUT_SECONDS = 30
 
 

@@ -7,15 +7,19 @@ from typing import Any, ClassVar, Literal
 from sqlalchemy import JSON, ColumnElement, DateTime, ForeignKey, TypeDecorator, UniqueConstraint, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-State = Literal["open", "running", "finished", "failed"]
-STATES: tuple[State, ...] = ("open", "running", "finished", "failed")
+State = Literal["open", "running", "finished", "stopped", "failed"]
+STATES: tuple[State, ...] = ("open", "running", "finished", "stopped", "failed")
 
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """`config` is the resolved sweep file, passwords redacted; `versions` maps package to version."""
+    """`config` is the resolved sweep file, passwords redacted; `versions` maps package to version.
+
+    `attempt` counts how often everything was begun afresh.
+    """
 
     name: str
+    attempt: int
     config: dict[str, Any]
     git_sha: str | None
     versions: dict[str, str]
@@ -28,6 +32,7 @@ class Study:
 
     `model` and `corpus` are the names in the sweep file, for people. `tokens_planned` is how many tokens its trainings
     will have seen when the sweep is done, as of its latest start; None when that start did not ask for this study.
+    `constraints` maps a metric to its least and its largest value, either None: points outside are on no front.
     """
 
     study_id: str
@@ -38,6 +43,7 @@ class Study:
     identity: dict[str, Any]
     reference: dict[str, float | None]
     tokens_planned: int | None
+    constraints: dict[str, tuple[float | None, float | None]]
     created: datetime
 
     @property
@@ -50,8 +56,9 @@ class Study:
 class Training:
     """One training as it stands. `metrics` are the final ones: empty until finished, None where undefined.
 
-    `number` counts from 0 within the study, in the order of asking. `seconds` of training so far, over all
-    attempts. `dictionary` is a path relative to the sweep's folder. Times are UTC.
+    `number` counts from 0 within the study, in the order of asking. `attempts` counts the packs that took it up and
+    `failures` those that died with it since it was last put back; `seconds` of training so far, over all of them.
+    `dictionary` is a path relative to the sweep's folder. `constraints` are its study's. Times are UTC.
     """
 
     training_id: str
@@ -69,7 +76,9 @@ class Training:
     pack: str | None
     seconds: float
     attempts: int
+    failures: int
     machine: dict[str, Any]
+    constraints: dict[str, tuple[float | None, float | None]]
     created: datetime
     started: datetime | None
     finished: datetime | None
@@ -118,6 +127,27 @@ class Report:
     recorded: datetime
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about one training at a rung, and why.
+
+    Those that asked together share `number`, which counts a study's decisions. Of the `arrived` trainings of the
+    family that had reached the rung, this one was in place `rank` (0 is best). `expected` is the (kl, l0) that a
+    stopped one would have ended at by extrapolation; `values` are (kl, l0) at the rung, NaN where not finite.
+    """
+
+    training_id: str
+    tokens: int
+    number: int
+    family: str
+    values: tuple[float, float]
+    feasible: bool
+    rank: int
+    arrived: int
+    kept: bool
+    expected: tuple[float, float] | None
+
+
 class UtcDateTime(TypeDecorator[datetime]):
     """SQLite keeps no time zone: everything is stored as UTC and comes back aware."""
 
@@ -140,6 +170,7 @@ class SweepRow(Table):
 
     sweep: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str]
+    attempt: Mapped[int] = mapped_column(default=0)
     config: Mapped[dict[str, Any]]
     git_sha: Mapped[str | None]
     versions: Mapped[dict[str, Any]]
@@ -157,6 +188,7 @@ class StudyRow(Table):
     identity: Mapped[dict[str, Any]]
     reference: Mapped[dict[str, Any]]
     tokens_planned: Mapped[int | None]
+    constraints: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created: Mapped[datetime]
 
 
@@ -177,6 +209,7 @@ class TrainingRow(Table):
     pack: Mapped[str | None]
     seconds: Mapped[float] = mapped_column(default=0.0)
     attempts: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
     machine: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created: Mapped[datetime]
     started: Mapped[datetime | None]
@@ -203,6 +236,37 @@ class ReportRow(Table):
     recorded: Mapped[datetime]
 
 
+class DecisionRow(Table):
+    __tablename__ = "decisions"
+
+    training_id: Mapped[str] = mapped_column(ForeignKey("trainings.training_id"), primary_key=True)
+    tokens: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int]
+    family: Mapped[str]
+    kl: Mapped[float | None]
+    l0: Mapped[float | None]
+    feasible: Mapped[bool]
+    rank: Mapped[int]
+    arrived: Mapped[int]
+    kept: Mapped[bool]
+    expected_kl: Mapped[float | None]
+    expected_l0: Mapped[float | None]
+    recorded: Mapped[datetime]
+
+
+class StartRow(Table):
+    """One start of the sweep. `beat` grows while its driver lives; `ended` is set when it ends in an orderly way."""
+
+    __tablename__ = "starts"
+
+    number: Mapped[int] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    process: Mapped[int]
+    started: Mapped[datetime]
+    beat: Mapped[int] = mapped_column(default=0)
+    ended: Mapped[datetime | None]
+
+
 class DeliveryRow(Table):
     """What an MLflow run already holds. Keyed by run: a wiped or changed server has other run ids."""
 
@@ -221,10 +285,13 @@ def own_fields(row: Table, kind: type) -> dict[str, Any]:
 def read_trainings(session: Session, *conditions: ColumnElement[bool]) -> list[Training]:
     """The trainings that meet all conditions, with their metrics and no others'."""
     order = (StudyRow.layer, StudyRow.created, StudyRow.study_id, TrainingRow.number)
-    found = session.execute(select(TrainingRow, StudyRow.layer).join(StudyRow).where(*conditions).order_by(*order))
-    rows = found.tuples().all()
-    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row, _ in rows}
+    columns = (TrainingRow, StudyRow.layer, StudyRow.constraints)
+    rows = session.execute(select(*columns).join(StudyRow).where(*conditions).order_by(*order)).tuples().all()
+    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row, _, _ in rows}
     values = select(MetricRow.training_id, MetricRow.name, MetricRow.value).join(TrainingRow).where(*conditions)
     for training_id, name, value in session.execute(values).tuples():
         metrics[training_id][name] = value
-    return [Training(layer=layer, metrics=metrics[row.training_id], **own_fields(row, Training)) for row, layer in rows]
+    return [
+        Training(layer=layer, constraints=constraints, metrics=metrics[row.training_id], **own_fields(row, Training))
+        for row, layer, constraints in rows
+    ]

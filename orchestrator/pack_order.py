@@ -15,22 +15,27 @@ DIVERGED = "its numbers ran away"
 
 
 class MemberOrder(Schema):
-    """One training to start or to continue."""
+    """One training to start, or to continue from `checkpoint`."""
 
     training_id: str
     hyperparameters: Hyperparameters
+    checkpoint: Path | None = None
 
 
 class PackOrder(Schema):
     """Everything a worker needs to train a pack; paths are absolute.
 
-    All members have done `steps_done` steps: 0 for new trainings, else what their checkpoints hold. With `streamed` the
-    cache holds no training activations, and the pack computes them from the model.
+    All members have done `steps_done` steps: 0 for new trainings, else what their checkpoints hold. The pack ends when
+    they have done `last_step`, which is the training's last or that of a rung; where that is `steps_done` it only
+    reports. With `streamed` the cache holds no training activations, and the pack computes them from the model. `start`
+    is the number of the sweep's start that ordered it.
     """
 
+    start: int
     pack_id: str
     members: tuple[MemberOrder, ...] = Field(min_length=1)
     steps_done: int = Field(ge=0)
+    last_step: int = Field(ge=0)
     device: Literal["cpu", "cuda"]
     threads: int = Field(ge=1)
     sweep_folder: Path
@@ -60,11 +65,9 @@ class MemberReport(Schema):
     error: str | None = None
 
 
-def checkpoint_path(sweep_folder: Path, training_id: str) -> Path:
-    """Where the newest checkpoint of a training lies."""
-    return sweep_folder / "checkpoints" / f"{training_id}.safetensors"
+def dictionary_path(start: int, training_id: str) -> Path:
+    """Where the dictionary lies that start number `start` writes of a training, relative to the sweep's folder.
 
-
-def dictionary_path(training_id: str) -> Path:
-    """Where a training's dictionary lies, relative to the sweep's folder."""
-    return Path("dictionaries") / training_id
+    With the number, so that a worker of a dead driver cannot write into one that the ledger already records.
+    """
+    return Path("dictionaries") / f"{training_id}-{start:04d}"

@@ -17,11 +17,12 @@ from orchestrator.pack_queue import PackQueue
 from orchestrator.plan import SweepPlan
 from orchestrator.plan_checks import machine_cpus, machine_gpus
 from orchestrator.search.searcher import PackSearcher
+from orchestrator.stopping import Stopping
 from orchestrator.trainable import PackTrainable
 
 # below the sweep's folder: what a killed driver leaves there, the next start clears away
 SCRATCH_FOLDER = ".tune"
-NODE_CHECK_SECONDS = 2.0
+CHECK_SECONDS = 2.0
 # Tune starts a trial only for a suggestion, so this bounds nothing; the searcher says when it is done.
 UNLIMITED = 10**9
 # Tune's own files and handlers are of no use here: the ledger is the truth, and results are ours to write.
@@ -39,25 +40,39 @@ class RayStopped(Exception):
     """Ray ended while packs were still to train; the message is one line."""
 
 
-class _NodeWatch(tune.Callback):
-    """Raises RayStopped in Tune's loop once no node is left, where Tune would wait for one for ever."""
+class _Watch(tune.Callback):
+    """Looks around in Tune's loop: for used-up budgets, and for the end of Ray.
 
-    def __init__(self) -> None:
+    Raises RayStopped once no node is left, where Tune would wait for one for ever.
+    """
+
+    def __init__(self, stopping: Stopping) -> None:
+        self._stopping = stopping
         self._next_check = 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() < self._next_check:
             return
-        self._next_check = time.monotonic() + NODE_CHECK_SECONDS
+        self._next_check = time.monotonic() + CHECK_SECONDS
+        self._stopping.check_budget()
         if not any(node["Alive"] for node in ray.nodes()):
             raise RayStopped("Ray ended on this machine; the same command continues the sweep where it was")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tuner pickles its callbacks when it is built; a database connection must not go along
+        return {}
 
-def train_packs(plan: SweepPlan, queue: PackQueue) -> None:
-    """Trains until the queue is empty. Raises RayStopped."""
+
+def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
+    """Trains until the queue is empty, or a budget is used up: then the answer says which one.
+
+    SIGINT and SIGTERM have packs write checkpoints and end, and then raise KeyboardInterrupt; a second one ends the
+    process at once. Raises RayStopped.
+    """
     os.environ |= _ENVIRONMENT
     resources = plan.config.resources.pack
-    with _scratch(plan.folder / SCRATCH_FOLDER) as scratch, _local_ray():
+    stopping = Stopping(queue, plan.folder, start)
+    with stopping.on_signals(), _scratch(plan.folder / SCRATCH_FOLDER) as scratch, _local_ray():
         tuner = tune.Tuner(
             tune.with_resources(PackTrainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
             tune_config=tune.TuneConfig(
@@ -73,10 +88,13 @@ def train_packs(plan: SweepPlan, queue: PackQueue) -> None:
                 verbose=0,
                 # one recovery path: the queue's, from the ledger and our own checkpoints
                 failure_config=tune.FailureConfig(max_failures=0),
-                callbacks=[_NodeWatch()],
+                callbacks=[_Watch(stopping)],
             ),
         )
         tuner.fit()
+    if stopping.signal is not None:
+        raise KeyboardInterrupt(stopping.signal)
+    return stopping.budget_line
 
 
 @contextlib.contextmanager

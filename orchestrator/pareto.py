@@ -1,7 +1,7 @@
 """Fronts and hypervolume of (l0, kl) points; both are minimised."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from orchestrator.ledger import Training
 
@@ -36,19 +36,39 @@ def l0_cap(training: Training) -> float:
     return MAX_L0_SHARE * (size + (training.hyperparameters.get("key_dictionary_size") or size)) / 2
 
 
+def final_values(training: Training) -> tuple[float, float] | None:
+    """(kl, l0) of a finished training; None where one of them is undefined."""
+    kl, l0 = training.metrics.get("kl"), training.metrics.get("l0")
+    return None if kl is None or l0 is None else (kl, l0)
+
+
 def feasible(training: Training) -> bool:
     """Whether a finished training is inside the box in which fronts are drawn.
 
-    kl_recovered ≥ 0.5 and 1 ≤ l0 ≤ dictionary_size / 4. Without it a collapsed dictionary (l0 → 0) would be
-    on every front.
+    kl_recovered ≥ 0.5 and 1 ≤ l0 ≤ dictionary_size / 4, and what the sweep file's constraints ask for. Without it a
+    collapsed dictionary (l0 → 0) would be on every front.
     """
-    if training.state != "finished":
-        return False
-    needed = [training.metrics.get(name) for name in ("kl", "l0", "kl_recovered")]
+    return training.state == "finished" and within_box(training, training.metrics)
+
+
+def within_box(training: Training, metrics: Mapping[str, float | None]) -> bool:
+    """Whether `metrics` of a training, final or at a rung, are inside the box and meet its study's constraints.
+
+    A rung measures less than the end: constraints on what it does not measure are let pass.
+    """
+    needed = [metrics.get(name) for name in ("kl", "l0", "kl_recovered")]
     if any(value is None for value in needed):
         return False
     _, l0, kl_recovered = needed
-    return kl_recovered >= MIN_KL_RECOVERED and MIN_L0 <= l0 <= l0_cap(training)
+    if kl_recovered < MIN_KL_RECOVERED or not MIN_L0 <= l0 <= l0_cap(training):
+        return False
+    return all(_meets(metrics[name], *bounds) for name, bounds in training.constraints.items() if name in metrics)
+
+
+def _meets(value: float | None, least: float | None, largest: float | None) -> bool:
+    if value is None:
+        return False
+    return (least is None or value >= least) and (largest is None or value <= largest)
 
 
 def front_trainings(trainings: Sequence[Training]) -> list[Training]:

@@ -23,6 +23,8 @@ from orchestrator.plan_checks import (
     machine_cpus,
     machine_gpus,
 )
+from orchestrator.search.config import resolve_halving
+from orchestrator.search.halving import Halving
 from orchestrator.search.samplers import resolve_auto
 from orchestrator.search.space import canonical, contains, enumerate_space, grid
 from qkmodel.activations import (
@@ -75,7 +77,8 @@ class StudyPlan:
 class SweepPlan:
     """Everything that is known about a sweep without loading its model.
 
-    `bos` is the token that opens sequences, None for none, "auto" until it has been measured.
+    `bos` is the token that opens sequences, None for none, "auto" until it has been measured. `attempt` counts how
+    often everything was begun afresh, and `fresh` says that this plan does so.
     """
 
     config: SweepConfig
@@ -83,6 +86,8 @@ class SweepPlan:
     corpus: CorpusDescription
     bos: str | None
     studies: tuple[StudyPlan, ...]
+    attempt: int
+    fresh: bool
 
     @property
     def folder(self) -> Path:
@@ -95,6 +100,16 @@ class SweepPlan:
     @property
     def sampler(self) -> str:
         return sampler_of(self.config)
+
+    @cached_property
+    def halving(self) -> Halving | None:
+        """Where trainings may be stopped early; None where all are trained to their end."""
+        return halving_of(self.config)
+
+    @property
+    def share_trained(self) -> float:
+        """The share of the planned tokens that is left to train on when halving stops as many as it promises."""
+        return self.halving.share_trained(steps_per_training(self.config)) if self.halving is not None else 1.0
 
     @property
     def trainings_left(self) -> int:
@@ -218,10 +233,23 @@ def sampler_of(config: SweepConfig) -> str:
     return resolve_auto(search.space, search.trainings) if search.sampler == "auto" else search.sampler
 
 
+def tokens_per_step(config: SweepConfig) -> int:
+    return config.training.batch_sequences * config.corpus.context
+
+
+def steps_per_training(config: SweepConfig) -> int:
+    return math.ceil(config.training.tokens / tokens_per_step(config))
+
+
 def tokens_per_training(config: SweepConfig) -> int:
     """`training.tokens` rounded up to whole batches."""
-    per_step = config.training.batch_sequences * config.corpus.context
-    return math.ceil(config.training.tokens / per_step) * per_step
+    return steps_per_training(config) * tokens_per_step(config)
+
+
+def halving_of(config: SweepConfig) -> Halving | None:
+    """Where trainings may be stopped early; None where all are trained to their end."""
+    trainings, steps = config.search.trainings, steps_per_training(config)
+    return resolve_halving(config.halving, sampler_of(config), trainings, steps, tokens_per_step(config))
 
 
 def sweep_folder(config: SweepConfig) -> Path:
@@ -233,10 +261,11 @@ def storage_folder(config: SweepConfig) -> Path:
     return Path(config.storage).expanduser().absolute()
 
 
-def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan:
+def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool = False) -> SweepPlan:
     """What this sweep file asks for beyond what its ledger already holds. Creates nothing.
 
-    `measured_bos` is what `corpus.bos: auto` was just found to be, where no measurement is kept yet.
+    With `fresh` nothing that is there counts: the studies are those of a new attempt. `measured_bos` is what
+    `corpus.bos: auto` was just found to be, where no measurement is kept yet.
     Raises InputError for an unknown model or corpus, for layers and contexts that the model does not have, and
     for resources that this machine does not have.
     """
@@ -247,6 +276,8 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan
     check_tracking(config.tracking)
     corpus = describe_corpus(config.corpus)
     ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
+    latest = ledger.attempt() if ledger is not None else None
+    attempt = 0 if latest is None else latest + int(fresh)
     bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))
     if bos == AUTO:
         bos = measured_bos
@@ -263,13 +294,14 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO) -> SweepPlan
             training=config.training,
             dtype=config.activations.dtype,
             seed=config.seed,
+            attempt=attempt,
         )
         identifier = study_id(identity)
         trainings = ledger.trainings(identifier) if ledger is not None else []
         studies.append(_study_plan(config, identifier, layer, identity, trainings))
     if ledger is not None:
         ledger.close()
-    plan = SweepPlan(config, model, corpus, bos, tuple(studies))
+    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh)
     if plan.trainings_left:
         check_memory(config, model, plan.pack_size)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
@@ -303,6 +335,9 @@ def _study_plan(
     inside = [replace(one, state="open", tokens_done=0) if one.training_id in lost else one for one in inside]
     finished = [one for one in inside if one.state == "finished"]
     diverged = [one for one in inside if one.state == "failed" and (one.error or "").startswith(DIVERGED)]
-    unfinished = tuple(one for one in inside if one not in finished and one not in diverged)
+    ended = [one.training_id for one in [*finished, *diverged]]
+    if halving_of(config) is not None:
+        ended += [one.training_id for one in inside if one.state == "stopped"]
+    unfinished = tuple(one for one in inside if one.training_id not in ended)
     tokens_planned = (len(inside) + new) * tokens_per_training(config) + outside
     return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, lost, new, tokens_planned)

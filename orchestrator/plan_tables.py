@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from orchestrator.estimate import STARTUP_SECONDS, Estimate
-from orchestrator.plan import SweepPlan
+from orchestrator.plan import SweepPlan, tokens_per_step
 from orchestrator.tables import counted, duration, size
 
 
@@ -40,12 +40,22 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
         lines.append(plan.lost_line)
     if plan.trainings_left == 0:
         return [*lines, "nothing left to do"]
+    if plan.halving is not None:
+        lines.append(_halving_line(plan))
     return [
         *lines,
         f"estimated {duration(estimate.seconds)} on this machine: caching {duration(estimate.cache_seconds)}, "
         f"training {duration(estimate.training_seconds)}, evaluation {duration(estimate.evaluation_seconds)}, "
         f"start and end {duration(STARTUP_SECONDS)} (assumed)",
     ]
+
+
+def _halving_line(plan: SweepPlan) -> str:
+    rungs = [f"{rung * tokens_per_step(plan.config):,}" for rung in plan.halving.rungs]
+    return (
+        f"halving: at {' and '.join(rungs)} tokens the best 1/{plan.halving.eta:g} of each kind go on, "
+        f"so that about {plan.share_trained:.0%} of these tokens are trained on"
+    )
 
 
 def estimate_record(plan: SweepPlan, estimate: Estimate) -> dict[str, Any]:
@@ -69,6 +79,7 @@ def estimate_record(plan: SweepPlan, estimate: Estimate) -> dict[str, Any]:
         "packs_at_once": plan.slots,
         "pack_bytes": plan.pack_bytes,
         "tokens": plan.trainings_left * plan.tokens_per_training,
+        "share_trained": plan.share_trained,
         "cache_bytes": estimate.cache_bytes,
         "cache_bytes_missing": estimate.cache.bytes,
         "streamed": estimate.streamed,

@@ -37,7 +37,7 @@ class StudyStatus:
 
     @property
     def counts(self) -> dict[State, int]:
-        counts: dict[State, int] = {"open": 0, "running": 0, "finished": 0, "failed": 0}
+        counts: dict[State, int] = dict.fromkeys(STATES, 0)
         for training in self.trainings:
             counts[training.state] += 1
         return counts
@@ -66,11 +66,21 @@ def study_statuses(ledger: Ledger, studies: list[str] | None = None) -> list[Stu
 def _study_status(ledger: Ledger, study: Study, title: str) -> StudyStatus:
     trainings = ledger.trainings(study.study_id)
     front = front_trainings(trainings)
-    area = 0.0
-    if front:
-        points = [(one.metrics["l0"], one.metrics["kl"]) for one in front]
-        area = hypervolume(points, (study.reference["l0_cap"], study.reference["kl_baseline"]))
-    return StudyStatus(study, title, trainings, front, area)
+    return StudyStatus(study, title, trainings, front, _area(study, front))
+
+
+def _area(study: Study, front: list[Training]) -> float:
+    if not front:
+        return 0.0
+    points = [(one.metrics["l0"], one.metrics["kl"]) for one in front]
+    return hypervolume(points, (study.reference["l0_cap"], study.reference["kl_baseline"]))
+
+
+def hypervolumes_in_time(ledger: Ledger, study_id: str) -> list[float]:
+    """A study's hypervolume after each training that finished, in the order in which they did."""
+    (study,) = (one for one in ledger.studies() if one.study_id == study_id)
+    finished = sorted(ledger.trainings(study_id, "finished"), key=lambda one: (one.finished, one.number))
+    return [_area(study, front_trainings(finished[: count + 1])) for count in range(len(finished))]
 
 
 def status_record(ledger: Ledger) -> dict[str, Any]:

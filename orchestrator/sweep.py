@@ -1,31 +1,41 @@
 """Start or continue a sweep: plan, prepare, train, track."""
 
 import contextlib
+import platform
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from orchestrator.budget import Budget, Limits
+from orchestrator.checkpoints import Checkpoints
 from orchestrator.late_checks import check_plan
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import keep_opening_token
-from orchestrator.pack_order import PackOrder, checkpoint_path
-from orchestrator.pack_queue import PackQueue, StudyWork, history
+from orchestrator.pack_order import PackOrder
+from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork, history
 from orchestrator.packs_on_ray import train_packs
 from orchestrator.pareto import MAX_L0_SHARE
-from orchestrator.plan import StudyPlan, SweepPlan, make_plan, storage_folder
+from orchestrator.permit import grant
+from orchestrator.plan import StudyPlan, SweepPlan, make_plan, steps_per_training, storage_folder, tokens_per_step
 from orchestrator.preparation import Preparation, prepare
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
+from orchestrator.starts import Lease
 from orchestrator.tracking import EndStatus, Tracker
 from orchestrator.tracking_thread import TrackingThread
 from orchestrator.versions import git_sha, package_versions
+from orchestrator.warm_start import front_of_earlier_sweep
 from qkmodel.activation_build import BuildProgress
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
 from qkmodel.errors import InputError
 from qkmodel.files import exclusive
+from qkmodel.products import product_dtype
 
 LOCK_FILE = "lock"
 TRACKING_INTERVAL_SECONDS = 5.0
@@ -33,11 +43,17 @@ TRACKING_INTERVAL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a start of a sweep ended. `tracking_error` says why MLflow does not have everything yet."""
+    """How a start of a sweep ended: trainings by what became of them.
+
+    `budget_line` says which budget ended it before all was trained; `tracking_error` why MLflow does not have
+    everything yet.
+    """
 
     ledger: Ledger
     trained: int
+    stopped: int
     failed: int
+    budget_line: str | None
     tracking_error: str | None
 
 
@@ -55,15 +71,15 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
     """Trains what the plan asks for and the ledger does not hold, and brings MLflow up to date.
 
     Raises InputError before anything is created when the file asks for something that cannot be had, and when
-    another process is at work on the same sweep; RayStopped when Ray ends before the packs do, with every training
-    in the ledger to be continued.
+    another process is at work on the same sweep; RayStopped when Ray ends before the packs do, and KeyboardInterrupt
+    when the process was asked to end, with every training in the ledger to be continued.
     """
     with contextlib.ExitStack() as held:
         was_there = plan.folder.is_dir()
         if was_there:
             held.enter_context(_only_driver(plan.folder))
             # the process before this one may have ended just now
-            plan = make_plan(plan.config)
+            plan = make_plan(plan.config, fresh=plan.fresh)
         if plan.lost_line is not None:
             view.say(plan.lost_line)
         checked = check_plan(plan, view.say)
@@ -91,9 +107,21 @@ def _only_driver(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView) -> SweepOutcome:
-    config = plan.config
     ledger = Ledger(plan.folder / LEDGER_FILE)
-    ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions())
+    lease = Lease(ledger)
+    try:
+        return _run_leased(plan, prepared, view, ledger, lease.start)
+    finally:
+        lease.release()
+
+
+def _run_leased(
+    plan: SweepPlan, prepared: Preparation | None, view: SweepView, ledger: Ledger, start: int
+) -> SweepOutcome:
+    config = plan.config
+    # from here on workers of an earlier start write nothing
+    grant(plan.folder, start)
+    ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions(), plan.attempt)
     for study in plan.studies:
         ledger.open_study(
             study.study_id,
@@ -103,19 +131,23 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
             model=config.model.name,
             corpus=config.corpus.name,
         )
+        ledger.set_constraints(study.study_id, config.search.bounds)
         for training_id, loss in study.lost.items():
             ledger.discard_result(training_id, loss)
     ledger.set_current({study.study_id: study.tokens_planned for study in plan.studies})
     tracking = TrackingThread(Tracker(config.tracking, storage_folder(config), ledger), TRACKING_INTERVAL_SECONDS)
     works: list[StudyWork] = []
     ended: EndStatus = "KILLED"
+    budget_line = None
     try:
         if prepared is not None:
             _record_references(plan, prepared, ledger)
-            works = [_study_work(plan, study, prepared, ledger) for study in plan.studies]
-            queue = PackQueue(ledger, works, plan.folder, plan.pack_size)
+            works = [_study_work(plan, study, prepared, ledger, start) for study in plan.studies]
+            queue = PackQueue(
+                ledger, works, Checkpoints(plan.folder), _queue_settings(plan), _budget(plan, ledger, start)
+            )
             view.training_started(plan, ledger)
-            train_packs(plan, queue)
+            budget_line = train_packs(plan, queue, start)
         ended = "FINISHED"
     finally:
         # Ray is down and its workers with it
@@ -123,7 +155,20 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
         tracking_error = tracking.stop(ended)
     wanted = {identifier for work in works for identifier in work.wanted}
     states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)
-    return SweepOutcome(ledger, states["finished"], states["failed"] + plan.diverged, tracking_error)
+    failed = states["failed"] + plan.diverged
+    return SweepOutcome(ledger, states["finished"], states["stopped"], failed, budget_line, tracking_error)
+
+
+def _queue_settings(plan: SweepPlan) -> QueueSettings:
+    search = plan.config.search
+    shared = search.trainings * len(plan.studies) if search.layer_allocation == "by_progress" else None
+    return QueueSettings(plan.pack_size, plan.halving, search.layer_allocation, shared)
+
+
+def _budget(plan: SweepPlan, ledger: Ledger, start: int) -> Budget:
+    search = plan.config.search
+    limits = Limits(search.tokens, search.device_hours, search.wall_time)
+    return Budget(limits, ledger, start, plan.config.resources.pack.gpu)
 
 
 def _record_references(plan: SweepPlan, prepared: Preparation, ledger: Ledger) -> None:
@@ -142,19 +187,21 @@ def _reference_figures(plan: SweepPlan, prepared: Preparation, layer: int) -> di
     return prepared.references[layer].figures() | {"l0_cap": MAX_L0_SHARE * largest}
 
 
-def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger: Ledger) -> StudyWork:
+def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger: Ledger, start: int) -> StudyWork:
     config = plan.config
     unfinished = {training.training_id for training in study.unfinished}
+    shared = len(plan.studies) if config.search.layer_allocation == "by_progress" else 1
     search = StudySearch(
         config.search.space,
         config.search.sampler,
-        config.search.trainings,
+        config.search.trainings * shared,
         config.seed,
-        history(ledger.trainings(study.study_id), unfinished),
+        history(ledger, study.study_id, unfinished),
+        first=[*config.search.first, *front_of_earlier_sweep(config, study.layer)],
     )
-    checkpoint_path(plan.folder, "").parent.mkdir(parents=True, exist_ok=True)
     template = partial(
         PackOrder,
+        start=start,
         device=plan.device,
         threads=max(1, int(config.resources.pack.cpu)),
         sweep_folder=plan.folder,
@@ -171,4 +218,25 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         training=config.training,
         seed=config.seed,
     )
-    return StudyWork(study.study_id, search, plan.tokens_per_training, template, unfinished)
+    return StudyWork(
+        study.study_id,
+        search,
+        tokens_per_step(config),
+        steps_per_training(config),
+        template,
+        _machine(plan, prepared),
+        unfinished,
+    )
+
+
+def _machine(plan: SweepPlan, prepared: Preparation) -> dict[str, int | str]:
+    """What the trainings run on, and what their settings come to there."""
+    products = product_dtype(plan.config.training.precision, torch.device(plan.device))
+    return {
+        "threads": max(1, int(plan.config.resources.pack.cpu)),
+        "device": plan.device,
+        "products": str(products).removeprefix("torch."),
+        "activations": "streamed" if prepared.streamed else "cached",
+        "node": platform.node(),
+        "torch": version("torch"),
+    }

@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.ledger import Training
+from orchestrator.ledger_tables import STATES, Training
 from orchestrator.status import StudyStatus
 
 
@@ -44,13 +44,13 @@ def _front_cells(training: Training) -> list[str]:
 def state_table(statuses: list[StudyStatus]) -> Table:
     """Trainings by state and tokens, per study."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("study", "open", "running", "finished", "failed", "tokens", "on front", "hypervolume"):
+    for column in ("study", *STATES, "tokens", "on front", "hypervolume"):
         table.add_column(column, justify="right", no_wrap=True)
     for status in statuses:
         counts = status.counts
         table.add_row(
             status.title,
-            *(str(counts[state]) for state in ("open", "running", "finished", "failed")),
+            *(str(counts[state]) for state in STATES),
             f"{status.tokens_done:,} of {status.tokens_planned:,}",
             str(len(status.front)),
             f"{status.hypervolume:.2f}",

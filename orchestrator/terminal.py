@@ -32,7 +32,8 @@ class LiveProgress:
         # (moment, tokens done) at every change in the last RATE_SECONDS
         self._seen = deque([(time.monotonic(), self._tokens_before)])
         unfinished = sum(training.tokens_done for study in plan.studies for training in study.unfinished)
-        self._tokens_wanted = plan.trainings_left * plan.tokens_per_training - unfinished
+        wanted = plan.trainings_left * plan.tokens_per_training * plan.share_trained
+        self._tokens_wanted = max(0, round(wanted) - unfinished)
 
     def __rich__(self) -> RenderableType:
         statuses = study_statuses(self._ledger, self._studies)

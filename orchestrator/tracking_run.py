@@ -19,6 +19,8 @@ _RUN_STATUS: dict[State, str] = {
     "open": "SCHEDULED",
     "running": "RUNNING",
     "finished": "FINISHED",
+    # MLflow has no word for it; the tag `state` does
+    "stopped": "KILLED",
     "failed": "FAILED",
 }
 

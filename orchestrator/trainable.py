@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ray import tune
 
-from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, checkpoint_path, dictionary_path
+from orchestrator.checkpoints import checkpoint_path, drop_older
+from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, dictionary_path
+from orchestrator.permit import Permit, permit
 from orchestrator.versions import git_sha, package_versions
 from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
@@ -37,7 +39,8 @@ class PackTrainable(tune.Trainable):
     """One call of `step` trains the pack to its next report, and writes before it answers.
 
     A member's checkpoint, and at the end its dictionary, are on disk before the driver hears of them, so the
-    driver can always believe what it hears. Ray's own checkpoints hold nothing.
+    driver can always believe what it hears. Ray's own checkpoints hold nothing. Before every step the pack looks
+    whether it may go on; asked to stop, it writes checkpoints and ends within that step.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -72,10 +75,10 @@ class PackTrainable(tune.Trainable):
         )
         self._ids = [member.training_id for member in order.members]
         if order.steps_done > 0:
-            for member, training_id in zip(self._trainer.members, self._ids, strict=True):
-                steps = load_checkpoint(member, checkpoint_path(order.sweep_folder, training_id), training_id)
+            for member, ordered in zip(self._trainer.members, order.members, strict=True):
+                steps = load_checkpoint(member, ordered.checkpoint, ordered.training_id)
                 if steps != order.steps_done:
-                    raise RuntimeError(f"checkpoint of {training_id} is at step {steps}, not {order.steps_done}")
+                    raise RuntimeError(f"{ordered.checkpoint} is at step {steps}, not {order.steps_done}")
             self._trainer.steps_done = order.steps_done
 
     def step(self) -> dict[str, Any]:
@@ -95,7 +98,13 @@ class PackTrainable(tune.Trainable):
 
     def _train_and_report(self) -> dict[str, Any]:
         started = time.monotonic()
-        self._trainer.train(self._steps_to_next_report())
+        report_step = self._next_report()
+        self._trainer.train(report_step - self._trainer.steps_done, lambda: self._permit is Permit.GO)
+        if self._permit is Permit.FENCED:
+            return {"reports": [], "error": "another start of the sweep took over", "done": True}
+        if self._trainer.steps_done < report_step:
+            self._write_checkpoints()
+            return {"reports": [], "error": None, "done": True}
         losses = [member.losses.take_means() for member in self._trainer.members]
         reports = [
             self._report(index, means, metrics)
@@ -106,13 +115,29 @@ class PackTrainable(tune.Trainable):
         return {
             "reports": [report.model_copy(update={"seconds": share}).model_dump() for report in reports],
             "error": None,
-            "done": self._trainer.finished or not self._trainer.members,
+            "done": self._trainer.steps_done >= self._order.last_step or not self._trainer.members,
         }
 
-    def _steps_to_next_report(self) -> int:
-        training, per_step = self._order.training, self._trainer.tokens_per_step
+    @property
+    def _permit(self) -> Permit:
+        return permit(self._order.sweep_folder, self._order.start)
+
+    def _next_report(self) -> int:
+        """The step after which members report: at every interval, at a rung and at the end."""
+        training, per_step, done = self._order.training, self._trainer.tokens_per_step, self._trainer.steps_done
         interval = max(1, round((training.report_tokens or training.tokens / 8) / per_step))
-        return interval - self._trainer.steps_done % interval
+        return min(done + interval - done % interval, self._order.last_step)
+
+    def _write_checkpoints(self) -> None:
+        for member, training_id in zip(self._trainer.members, self._ids, strict=True):
+            self._write_checkpoint(member, training_id, {})
+
+    def _write_checkpoint(self, member: Member, training_id: str, progress: dict[str, float | None]) -> None:
+        steps = self._trainer.steps_done
+        path = checkpoint_path(self._order.sweep_folder, self._order.start, training_id, steps)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(member, path, training_id, steps, progress)
+        drop_older(path)
 
     def _report(self, index: int, losses: dict[str, float], metrics: dict[str, float | None]) -> MemberReport:
         member, training_id = self._trainer.members[index], self._ids[index]
@@ -122,13 +147,13 @@ class PackTrainable(tune.Trainable):
             return self._give_up(index, f"kl {metrics['kl']:.3g} is over {RUNAWAY_KL} times the mean pattern's")
         finished = self._trainer.finished
         figures = metrics if finished else losses | metrics
-        path = checkpoint_path(self._order.sweep_folder, training_id)
-        save_checkpoint(member, path, training_id, self._trainer.steps_done)
+        # final figures are those of a dictionary, which follows
+        self._write_checkpoint(member, training_id, {} if finished else figures)
         report = MemberReport(training_id=training_id, tokens=self._trainer.tokens_done, seconds=0.0, metrics=figures)
         if not finished:
             return report
         sha256 = self._save_dictionary(training_id, member, figures)
-        where = str(dictionary_path(training_id))
+        where = str(dictionary_path(self._order.start, training_id))
         return report.model_copy(update={"dictionary": where, "dictionary_sha256": sha256})
 
     def _evaluate(self) -> list[dict[str, float | None]]:
@@ -180,7 +205,7 @@ class PackTrainable(tune.Trainable):
             git_sha=git_sha(),
         )
         return save_dictionary(
-            order.sweep_folder / dictionary_path(training_id), member.transcoder, self._layer, config
+            order.sweep_folder / dictionary_path(order.start, training_id), member.transcoder, self._layer, config
         )
 
     def _give_up(self, index: int, why: str) -> MemberReport:

@@ -37,6 +37,17 @@ class LossSums:
             exact = value.detach().double() if isinstance(value, Tensor) else value
             self.values[name] = self.values.get(name, 0.0) + exact
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        if self.steps == 0:
+            return {}
+        values = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in self.values.items()}
+        return {"steps": torch.tensor(self.steps)} | {f"values.{name}": value for name, value in values.items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.steps = int(tensors.get("steps", 0))
+        values = {name: value for name, value in tensors.items() if name != "steps"}
+        self.values = {name.removeprefix("values."): value for name, value in values.items()}
+
     def take_means(self) -> dict[str, float]:
         means = {name: float(value) / self.steps for name, value in self.values.items()}
         self.steps, self.values = 0, {}
@@ -121,9 +132,10 @@ class Member:
         return all(parameter.isfinite().all() for parameter in self.transcoder.parameters())
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Weights, optimiser moments, and what penalties remember."""
+        """Weights, optimiser moments, what penalties remember, and losses that were not read yet."""
         tensors = {f"transcoder.{name}": value for name, value in self.transcoder.state_dict().items()}
         tensors |= {f"penalties.{name}": value for name, value in self.penalties.state_dict().items()}
+        tensors |= {f"losses.{name}": value for name, value in self.losses.state_tensors().items()}
         for name, parameter in self.transcoder.named_parameters():
             for key, value in self.optimiser.state[parameter].items():
                 tensors[f"optimiser.{name}.{key}"] = value
@@ -138,6 +150,8 @@ class Member:
             module.load_state_dict(
                 {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             )
+        losses = {name: value for name, value in tensors.items() if name.startswith("losses.")}
+        self.losses.load_state_tensors({name.removeprefix("losses."): value for name, value in losses.items()})
         for name, parameter in self.transcoder.named_parameters():
             state = {
                 key: tensors[f"optimiser.{name}.{key}"].to(parameter.device, copy=True)

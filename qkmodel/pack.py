@@ -6,7 +6,7 @@ step different members at once, each with single-threaded arithmetic, so the num
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -99,10 +99,13 @@ class PackTrainer:
     def finished(self) -> bool:
         return self.steps_done >= self.steps_planned
 
-    def train(self, steps: int) -> None:
-        """Trains every member for `steps` further steps, or until the training's end."""
+    def train(self, steps: int, may_go_on: Callable[[], bool] = lambda: True) -> None:
+        """Trains every member for `steps` further steps, or until the training's end.
+
+        `may_go_on` is asked before every step; a no leaves the members whole, after their last one.
+        """
         last = min(self.steps_done + steps, self.steps_planned)
-        if self.steps_done == last:
+        if self.steps_done == last or not may_go_on():
             return
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             following = pool.submit(self._shared_batch, self.steps_done)
@@ -116,6 +119,8 @@ class PackTrainer:
                 for stepped in [pool.submit(member.step, batch, factor, progress) for member in self.members]:
                     stepped.result()
                 self.steps_done += 1
+                if self.steps_done < last and not may_go_on():
+                    return
 
     @torch.no_grad()
     def _shared_batch(self, step: int) -> SharedBatch:
@@ -126,20 +131,24 @@ class PackTrainer:
 
 
 class CheckpointHeader(Schema):
-    """What a checkpoint says of itself."""
+    """What a checkpoint says of itself; `progress` are the figures reported with it, if any were."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     training_id: str
     steps_done: int = Field(ge=0)
+    progress: dict[str, float | None] = Field(default_factory=dict)
 
 
-def save_checkpoint(member: Member, path: Path, training_id: str, steps_done: int) -> None:
+def save_checkpoint(
+    member: Member, path: Path, training_id: str, steps_done: int, progress: Mapping[str, float | None] | None = None
+) -> None:
     """Writes one member's exact state, atomically."""
-    write_tensor_file(path, CheckpointHeader(training_id=training_id, steps_done=steps_done), member.state_tensors())
+    header = CheckpointHeader(training_id=training_id, steps_done=steps_done, progress=dict(progress or {}))
+    write_tensor_file(path, header, member.state_tensors())
 
 
-def checkpoint_steps(path: Path, training_id: str) -> int:
-    """Steps done by the training whose checkpoint this is.
+def read_checkpoint_header(path: Path, training_id: str) -> CheckpointHeader:
+    """What a training's checkpoint says of itself.
 
     Raises InputError when the file is damaged or belongs to another training.
     """
@@ -151,16 +160,16 @@ def load_checkpoint(member: Member, path: Path, training_id: str) -> int:
 
     Raises InputError when the file is damaged, belongs to another training, or does not fit.
     """
-    steps, tensors = _read_checkpoint(path, training_id)
+    header, tensors = _read_checkpoint(path, training_id)
     try:
         member.load_state_tensors(tensors)
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path}: does not fit training {training_id} ({error}); delete it to start over") from error
-    return steps
+    return header.steps_done
 
 
-def _read_checkpoint(path: Path, training_id: str) -> tuple[int, dict[str, Tensor]]:
+def _read_checkpoint(path: Path, training_id: str) -> tuple[CheckpointHeader, dict[str, Tensor]]:
     header, tensors = read_tensor_file(path, CheckpointHeader)
     if header.training_id != training_id:
         raise InputError(f"{path}: not a checkpoint of training {training_id}; delete it to start over")
-    return header.steps_done, tensors
+    return header, tensors

@@ -1,7 +1,7 @@
 """Multi-objective successive halving: which trainings go on at a rung. Pure decisions.
 
-Trainings that reached the same rung are ranked by feasibility, then by non-dominated sorting (Deb et al. 2002, NSGA-II),
-ties by crowding distance. The best 1/η go on, asynchronously as in ASHA (Li et al. 2020): whoever arrives is compared
+Trainings that reached the same rung are ranked by feasibility, then by non-dominated sorting, ties by crowding distance
+(NSGA-II, Deb et al. 2002). The best 1/η go on, asynchronously as in ASHA (Li et al. 2020): whoever arrives is compared
 with all that arrived before, and nobody waits.
 """
 
@@ -12,6 +12,20 @@ from dataclasses import dataclass
 from statistics import median
 
 from orchestrator.pareto import front
+
+
+@dataclass(frozen=True)
+class Halving:
+    """At each rung, a number of steps, the best 1/`eta` of a study's trainings of one family go on."""
+
+    eta: float
+    rungs: tuple[int, ...]
+
+    def share_trained(self, steps: int) -> float:
+        """The share of whole trainings' steps that remains when at every rung exactly 1/η go on."""
+        ends = [*self.rungs, steps]
+        stretches = [end - begun for begun, end in zip([0, *self.rungs], ends, strict=True)]
+        return sum(stretch / self.eta**passed for passed, stretch in enumerate(stretches)) / steps
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,7 @@ def extrapolated(values: tuple[float, float], finished: Sequence[FromRungToEnd])
     )
 
 
-def default_rungs(tokens: int, eta: float) -> tuple[int, ...]:
-    """A ninth and a third of a training for η = 3: the two rungs 1/η² and 1/η (benchmarks/search.py says why)."""
-    return tuple(round(tokens / eta**power) for power in (2, 1))
+def default_rungs(steps: int, eta: float) -> tuple[int, ...]:
+    """Rungs at the shares 1/η² and 1/η of a training's steps (benchmarks/search.py says why these)."""
+    rungs = {max(1, round(steps / eta**power)) for power in (2, 1)}
+    return tuple(sorted(rung for rung in rungs if rung < steps))

@@ -37,11 +37,12 @@ class Past:
     """A training as the ledger remembers it.
 
     `open` trainings are running or waiting to be continued. `values` are (kl in nats, l0 in features per
-    token) of a finished training; `feasible` is whether they lie in the study's feasible box.
+    token) of a finished training, and what a stopped one would have ended at; `feasible` is whether they lie in the
+    study's feasible box.
     """
 
     hyperparameters: Mapping[str, Any]
-    state: Literal["finished", "failed", "open"]
+    state: Literal["finished", "stopped", "failed", "open"]
     values: tuple[float, float] | None = None
     feasible: bool = True
 
@@ -60,6 +61,7 @@ class StudySearch:
         seed: the sweep's seed.
         history: the study's trainings in the order in which they were proposed. Those outside the space
             (an edited sweep file) neither count nor teach.
+        first: what to propose before anything else, in this order; points outside the space are left out.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class StudySearch:
         trainings: int,
         seed: int,
         history: Sequence[Past] = (),
+        first: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.sampler = resolve_auto(alternatives, trainings) if sampler == "auto" else sampler
         # What NSGA-II has not filed under a generation it never makes a parent.
@@ -79,6 +82,7 @@ class StudySearch:
         self._seen: set[Hyperparameters] = set()
         self._open: dict[Hyperparameters, Trial] = {}
         self._exhausted = False
+        self._first = [canonical(point) for point in first]
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._study = optuna.create_study(directions=["minimize", "minimize"])
         for past in history:
@@ -91,13 +95,15 @@ class StudySearch:
         """
         if self._exhausted or (self.sampler != "grid" and len(self._seen) >= self._trainings):
             return None
-        trial = None if self.sampler == "grid" else self._sample_unseen()
+        trial = self._given_first()
+        if trial is None and self.sampler != "grid":
+            trial = self._sample_unseen()
         if trial is None:
             trial = self._enumerate_unseen()
         if trial is None:
             self._exhausted = True
             return None
-        return self._accept(trial)
+        return self._accept(self._placed(trial))
 
     def tell(
         self, hyperparameters: Mapping[str, Any], values: tuple[float, float] | None, feasible: bool = True
@@ -129,10 +135,14 @@ class StudySearch:
             return
         self._accept(self._start_trial(point))
         if past.state != "open":
-            self.tell(point, past.values if past.state == "finished" else None, past.feasible)
+            self.tell(point, past.values if past.state in ("finished", "stopped") else None, past.feasible)
 
     def _holds(self, point: Mapping[str, Any]) -> bool:
         return any(contains(alternative, point) for alternative in self._alternatives)
+
+    def _placed(self, trial: Trial) -> Trial:
+        """Where the proposal is carried out: at the proposed point, or at one that stands for it in a replay."""
+        return trial
 
     def _accept(self, trial: Trial) -> dict[str, Any]:
         point = self._hyperparameters(trial)
@@ -140,6 +150,13 @@ class StudySearch:
         self._seen.add(key)
         self._open[key] = trial
         return point
+
+    def _given_first(self) -> Trial | None:
+        while self._first:
+            point = self._first.pop(0)
+            if self._holds(point) and Hyperparameters(**point) not in self._seen:
+                return self._start_trial(point)
+        return None
 
     def _sample_unseen(self) -> Trial | None:
         for attempt in range(_SAMPLER_ATTEMPTS + _FALLBACK_ATTEMPTS):

@@ -89,7 +89,7 @@ def test_status_as_json(swept: Path) -> None:
     assert record("status", "small", cwd=swept) == {
         "sweep": "small",
         "folder": str(swept / "runs" / "small"),
-        "trainings": {"open": 1, "running": 1, "finished": 4, "failed": 1},
+        "trainings": {"open": 1, "running": 1, "finished": 4, "stopped": 0, "failed": 1},
         "tokens_done": 4250,
         "tokens_planned": 8000,
         "studies": [
@@ -97,7 +97,7 @@ def test_status_as_json(swept: Path) -> None:
                 "study_id": "early",
                 "layer": 4,
                 "current": True,
-                "trainings": {"open": 1, "running": 1, "finished": 0, "failed": 0},
+                "trainings": {"open": 1, "running": 1, "finished": 0, "stopped": 0, "failed": 0},
                 "tokens_done": 250,
                 "tokens_planned": 3000,
                 "front": 0,
@@ -107,7 +107,7 @@ def test_status_as_json(swept: Path) -> None:
                 "study_id": "late",
                 "layer": 8,
                 "current": True,
-                "trainings": {"open": 0, "running": 0, "finished": 4, "failed": 1},
+                "trainings": {"open": 0, "running": 0, "finished": 4, "stopped": 0, "failed": 1},
                 "tokens_done": 4000,
                 "tokens_planned": 5000,
                 "front": 2,

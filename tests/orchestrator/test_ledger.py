@@ -149,14 +149,14 @@ def test_whatever_runs_is_put_back_at_once(ledger: Ledger) -> None:
         ledger.start(training_id, "pack-0", {})
     ledger.finish("two", {"kl": 0.1}, "d", "aa")
     ledger.reopen_running()
-    assert ledger.counts() == {"open": 2, "running": 0, "finished": 1, "failed": 0}
+    assert ledger.counts() == {"open": 2, "running": 0, "finished": 1, "stopped": 0, "failed": 0}
 
 
 def test_counts_have_every_state(ledger: Ledger) -> None:
     ledger.add_training("study", "two", HYPERPARAMETERS, 1000)
     ledger.start("two", "pack-0", {})
-    assert ledger.counts() == {"open": 1, "running": 1, "finished": 0, "failed": 0}
-    assert ledger.counts("no such study") == {"open": 0, "running": 0, "finished": 0, "failed": 0}
+    assert ledger.counts() == {"open": 1, "running": 1, "finished": 0, "stopped": 0, "failed": 0}
+    assert ledger.counts("no such study") == {"open": 0, "running": 0, "finished": 0, "stopped": 0, "failed": 0}
     assert [training.training_id for training in ledger.trainings(state="running")] == ["two"]
 
 

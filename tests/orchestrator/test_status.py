@@ -20,6 +20,6 @@ def test_studies_that_the_file_no_longer_asks_for_are_shown_and_not_counted(tmp_
     ledger.set_current({"present": 2000})
     record = status_record(ledger)
     assert (record["tokens_done"], record["tokens_planned"]) == (250, 2000)
-    assert record["trainings"] == {"open": 1, "running": 0, "finished": 0, "failed": 0}
+    assert record["trainings"] == {"open": 1, "running": 0, "finished": 0, "stopped": 0, "failed": 0}
     figures = [(one["current"], one["tokens_done"], one["tokens_planned"]) for one in record["studies"]]
     assert figures == [(False, 250, 250), (True, 250, 2000)]

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pack_order import DIVERGED, MemberOrder, MemberReport, PackOrder, checkpoint_path
+from orchestrator.checkpoints import checkpoint_path, newest_checkpoint
+from orchestrator.pack_order import DIVERGED, MemberOrder, MemberReport, PackOrder, dictionary_path
+from orchestrator.permit import ask_to_stop, grant
 from orchestrator.trainable import PackTrainable
 from qkmodel.configs import CorpusConfig, ModelConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity, load_dictionary
 from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.member import Member
 from qkmodel.reference import ReferenceHeader, reference_path
 from qkmodel.tensor_file import read_tensor_file, write_tensor_file
 from tests.qkmodel.random_models import CONFIGS, save_random_model
@@ -24,21 +27,30 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
 
 
 def order(
-    world: SmallWorld, folder: Path, rates: dict[str, float], steps_done: int = 0, streamed: bool = False
+    world: SmallWorld,
+    folder: Path,
+    rates: dict[str, float],
+    steps_done: int = 0,
+    last_step: int = STEPS,
+    streamed: bool = False,
 ) -> dict[str, str]:
-    """The Tune configuration of a pack of TopK trainings with these learning rates."""
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    """The Tune configuration of a pack of TopK trainings with these learning rates; it may go on as a start's first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grant(folder, 1)
     members = tuple(
         MemberOrder(
             training_id=training_id,
             hyperparameters=Hyperparameters(dictionary_size=16, activation="topk", k=2, learning_rate=rate),
+            checkpoint=checkpoint_path(folder, 1, training_id, steps_done) if steps_done else None,
         )
         for training_id, rate in rates.items()
     )
     pack = PackOrder(
+        start=1,
         pack_id="pack",
         members=members,
         steps_done=steps_done,
+        last_step=last_step,
         threads=1,
         sweep_folder=folder,
         cache_folder=world.cache.folder,
@@ -68,7 +80,7 @@ def run(config: dict[str, str], steps: int = 100) -> tuple[PackTrainable, list[d
 
 
 def transcoder_bytes(folder: Path, training_id: str) -> bytes:
-    return (folder / "dictionaries" / training_id / "transcoder.safetensors").read_bytes()
+    return (folder / dictionary_path(1, training_id) / "transcoder.safetensors").read_bytes()
 
 
 def test_eight_reports_then_a_dictionary(world: SmallWorld, tmp_path: Path) -> None:
@@ -94,6 +106,61 @@ def test_a_killed_pack_goes_on_to_the_same_dictionaries(world: SmallWorld, tmp_p
     for training_id in rates:
         whole, killed = (transcoder_bytes(tmp_path / name, training_id) for name in ("whole", "killed"))
         assert whole == killed
+
+
+def test_a_pack_ends_at_its_rung_and_the_rest_is_the_same(world: SmallWorld, tmp_path: Path) -> None:
+    run(order(world, tmp_path / "whole", {"a": 1e-2}))
+    # between two reports: there is one more
+    _, answers = run(order(world, tmp_path / "rung", {"a": 1e-2}, last_step=8))
+    assert [answer["a"].tokens for answer in answers] == [4 * 12 * 6, 4 * 12 * 8]
+    # a driver that did not hear of it asks for the report alone
+    _, again = run(order(world, tmp_path / "rung", {"a": 1e-2}, steps_done=8, last_step=8))
+    assert [answer["a"].tokens for answer in again] == [4 * 12 * 8]
+    figures = ("kl", "kl_recovered", "l0")
+    assert [again[0]["a"].metrics[name] for name in figures] == [answers[1]["a"].metrics[name] for name in figures]
+    run(order(world, tmp_path / "rung", {"a": 1e-2}, steps_done=8))
+    assert transcoder_bytes(tmp_path / "whole", "a") == transcoder_bytes(tmp_path / "rung", "a")
+
+
+def test_a_pack_that_is_asked_to_stop_loses_no_step_and_no_loss(
+    world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = run(order(world, tmp_path / "whole", {"a": 1e-2}))
+    folder = tmp_path / "stopped"
+    trainable = PackTrainable(order(world, folder, {"a": 1e-2}))
+    trainable.step()
+    step = Member.step
+
+    def step_and_ask(member: Member, *arguments: object) -> None:
+        step(member, *arguments)
+        ask_to_stop(folder, 1)
+
+    monkeypatch.setattr(Member, "step", step_and_ask)
+    assert trainable.step() == {"reports": [], "error": None, "done": True}
+    monkeypatch.undo()
+    _, header = newest_checkpoint(folder, "a")
+    assert header.steps_done == STEPS // 8 + 1 and header.progress == {}
+    _, rest = run(order(world, folder, {"a": 1e-2}, steps_done=header.steps_done))
+    assert [one["a"].metrics for one in rest[:-1]] == [one["a"].metrics for one in whole[1:-1]]
+    assert transcoder_bytes(tmp_path / "whole", "a") == transcoder_bytes(folder, "a")
+
+
+def test_a_worker_of_an_earlier_start_writes_nothing(world: SmallWorld, tmp_path: Path) -> None:
+    trainable = PackTrainable(order(world, tmp_path, {"a": 1e-2}))
+    trainable.step()
+    before = sorted(tmp_path.rglob("*"))
+    grant(tmp_path, 2)
+    answer = trainable.step()
+    assert (answer["reports"], answer["done"]) == ([], True) and "another start" in answer["error"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_checkpoints_are_kept_the_latest_with_its_report(world: SmallWorld, tmp_path: Path) -> None:
+    _, answers = run(order(world, tmp_path, {"a": 1e-2}), steps=3)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints" / "a").iterdir())
+    assert kept == [f"0001-{steps:08d}.safetensors" for steps in (STEPS // 8 * 2, STEPS // 8 * 3)]
+    _, header = newest_checkpoint(tmp_path, "a")
+    assert header.progress == answers[-1]["a"].metrics
 
 
 def test_a_pack_killed_before_its_last_answer_still_finishes(world: SmallWorld, tmp_path: Path) -> None:
@@ -126,7 +193,9 @@ def test_a_pack_of_diverging_members_is_done_at_once(world: SmallWorld, tmp_path
 
 def test_what_goes_wrong_is_answered(world: SmallWorld, tmp_path: Path) -> None:
     config = order(world, tmp_path, {"a": 1e-2}, steps_done=6)
-    checkpoint_path(tmp_path, "a").write_bytes(b"nonsense")
+    path = checkpoint_path(tmp_path, 1, "a", 6)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"nonsense")
     result = PackTrainable(config).step()
     assert result["done"] and result["reports"] == []
     assert result["error"].startswith("InputError") and "cannot be read" in result["error"]

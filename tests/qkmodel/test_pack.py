@@ -11,7 +11,7 @@ from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import batch_sequences, sequences_per_epoch
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.pack import PackTrainer, checkpoint_steps, learning_rate_factor, load_checkpoint, save_checkpoint
+from qkmodel.pack import PackTrainer, learning_rate_factor, load_checkpoint, read_checkpoint_header, save_checkpoint
 from qkmodel.pattern_kl import reference_pattern_kl
 from qkmodel.sparsity import SQRT_EPSILON
 from qkmodel.transcode import CentredInputs, Code, Side
@@ -180,7 +180,7 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(world: SmallWorld, tmp_path)
     pack.train(1)
     path = tmp_path / "one.safetensors"
     save_checkpoint(pack.members[0], path, "mine", 1)
-    assert checkpoint_steps(path, "mine") == 1
+    assert read_checkpoint_header(path, "mine").steps_done == 1
     with pytest.raises(InputError, match="not a checkpoint of training other"):
         load_checkpoint(pack.members[0], path, "other")
     with pytest.raises(InputError, match="does not fit"):
@@ -189,7 +189,7 @@ def test_a_foreign_or_damaged_checkpoint_is_refused(world: SmallWorld, tmp_path)
     for damaged in (content[:-100], content[:-1] + bytes([content[-1] ^ 1]), b"", b"nonsense"):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"one\.safetensors: (cannot be read|damaged)"):
-            checkpoint_steps(path, "mine")
+            read_checkpoint_header(path, "mine")
 
 
 @given(size=st.integers(1, 9), available=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), epochs=st.integers(1, 4))

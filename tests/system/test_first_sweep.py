@@ -210,7 +210,7 @@ def brute_force_front(trainings: list[Training]) -> list[str]:
 
 
 def test_a_sweep_trains_everything_that_its_file_asks_for(first: Snapshot) -> None:
-    assert first.status["trainings"] == {"open": 0, "running": 0, "finished": 2, "failed": 0}
+    assert first.status["trainings"] == {"open": 0, "running": 0, "finished": 2, "stopped": 0, "failed": 0}
     assert (first.status["tokens_done"], first.status["tokens_planned"]) == (2 * TOKENS, 2 * TOKENS)
     (study,) = first.status["studies"]
     assert (study["layer"], study["trainings"], study["tokens_done"]) == (1, first.status["trainings"], 2 * TOKENS)
@@ -316,7 +316,7 @@ def test_a_dictionary_gives_the_recorded_metrics_in_a_fresh_process(sweep: Sweep
 def test_a_larger_grid_trains_only_the_missing_point(second: Snapshot, larger: Snapshot) -> None:
     assert larger.trainings[:2] == second.trainings
     assert [one.hyperparameters["dictionary_size"] for one in larger.trainings] == [128, 256, 512]
-    assert larger.status["trainings"] == {"open": 0, "running": 0, "finished": 3, "failed": 0}
+    assert larger.status["trainings"] == {"open": 0, "running": 0, "finished": 3, "stopped": 0, "failed": 0}
     front = brute_force_front(larger.trainings)
     assert [one["training_id"] for one in larger.front] == front
     tagged = [one for one, run in larger.tracked.children.items() if run.data.tags.get("pareto") == "true"]
@@ -353,7 +353,7 @@ def test_an_interrupted_and_killed_sweep_ends_with_the_same_bytes_as_an_undistur
         # Ray's workers may outlive the driver for a moment: as after a real kill, nobody waits for them
         continued = killed.sweep()
 
-    assert continued.status["trainings"] == {"open": 0, "running": 0, "finished": 2, "failed": 0}
+    assert continued.status["trainings"] == {"open": 0, "running": 0, "finished": 2, "stopped": 0, "failed": 0}
     assert [one.attempts for one in continued.trainings] == [3, 3]
     assert [one.metrics for one in continued.trainings] == [one.metrics for one in undisturbed.trainings]
     for training in undisturbed.trainings:

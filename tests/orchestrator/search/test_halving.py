@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.search.halving import (
     AtRung,
     FromRungToEnd,
+    Halving,
     crowding,
     default_rungs,
     extrapolated,
@@ -111,7 +112,7 @@ def test_nobody_goes_on_in_the_place_of_one_that_dominates_it(arrived: list[AtRu
 
 
 @given(arrivals(least=1), st.data())
-def test_only_those_that_ask_go_on_and_the_others_do_not_change_that(arrived: list[AtRung], data: st.DataObject) -> None:
+def test_only_those_that_ask_go_on_and_it_changes_nothing(arrived: list[AtRung], data: st.DataObject) -> None:
     asking = data.draw(st.sets(st.sampled_from(ids(arrived))))
     assert survivors(asking, arrived, 3) == survivors(ids(arrived), arrived, 3) & asking
 
@@ -133,4 +134,13 @@ def test_values_are_extrapolated_by_the_median_ratio() -> None:
 
 
 def test_default_rungs_are_a_ninth_and_a_third() -> None:
-    assert default_rungs(900_000, 3) == (100_000, 300_000)
+    assert default_rungs(900, 3) == (100, 300)
+    # nothing is compared before the first step, nor at the end
+    assert default_rungs(3, 3) == (1,)
+    assert default_rungs(1, 3) == ()
+
+
+def test_the_share_that_is_trained() -> None:
+    # all to a ninth, a third of them to a third, a ninth to the end
+    assert Halving(3, (100, 300)).share_trained(900) == pytest.approx(1 / 9 + 2 / 27 + 2 / 27)
+    assert Halving(2, ()).share_trained(10) == 1

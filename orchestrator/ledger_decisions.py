@@ -1,0 +1,63 @@
+"""What was decided at rungs, as the ledger keeps it."""
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from sqlalchemy import func, select, update
+
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import Decision, DecisionRow, TrainingRow
+
+
+def record_decision(ledger: Ledger, decisions: Sequence[Decision]) -> None:
+    """Records what was decided about trainings that asked together; those not kept are stopped. One transaction."""
+    now = datetime.now(UTC)
+    with ledger.transaction() as session:
+        for one in decisions:
+            (kl, l0), (expected_kl, expected_l0) = map(_finite, one.values), one.expected or (None, None)
+            session.merge(
+                DecisionRow(
+                    **{name: getattr(one, name) for name in _PLAIN},
+                    kl=kl,
+                    l0=l0,
+                    expected_kl=expected_kl,
+                    expected_l0=expected_l0,
+                    recorded=now,
+                )
+            )
+        stopped = [one.training_id for one in decisions if not one.kept]
+        is_stopped = (TrainingRow.training_id.in_(stopped), TrainingRow.state == "running")
+        session.execute(update(TrainingRow).where(*is_stopped).values(state="stopped", finished=now))
+
+
+def read_decisions(ledger: Ledger, study_id: str | None = None) -> list[Decision]:
+    """A study's decisions or all, in the order in which they were made."""
+    statement = select(DecisionRow).join(TrainingRow).order_by(DecisionRow.number, DecisionRow.rank)
+    if study_id is not None:
+        statement = statement.where(TrainingRow.study_id == study_id)
+    with ledger.transaction() as session:
+        return [_decision(row) for row in session.scalars(statement)]
+
+
+def next_number(ledger: Ledger, study_id: str) -> int:
+    """The number of a study's next decision."""
+    statement = select(func.max(DecisionRow.number)).join(TrainingRow).where(TrainingRow.study_id == study_id)
+    with ledger.transaction() as session:
+        last = session.scalar(statement)
+    return 0 if last is None else last + 1
+
+
+_PLAIN = ("training_id", "tokens", "number", "family", "feasible", "rank", "arrived", "kept")
+
+
+def _decision(row: DecisionRow) -> Decision:
+    values = (math.nan if row.kl is None else row.kl, math.nan if row.l0 is None else row.l0)
+    expected = None
+    if row.expected_kl is not None and row.expected_l0 is not None:
+        expected = (row.expected_kl, row.expected_l0)
+    return Decision(**{name: getattr(row, name) for name in _PLAIN}, values=values, expected=expected)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Replays a finished sweep under another policy, in virtual time."""

@@ -1,0 +1,81 @@
+"""What a finished sweep recorded of its trainings, as material for replays."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.ledger import Ledger, Training
+from orchestrator.search.config import SearchConfig
+from qkmodel.errors import InputError
+
+Metrics = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class RecordedTraining:
+    """A finished training and what it reported on the way, by tokens."""
+
+    training: Training
+    reports: Mapping[int, Metrics]
+
+    def at(self, tokens: int) -> Metrics:
+        """The figures at so many tokens: those of the last report up to there, of the first where none is earlier."""
+        earlier = [reported for reported in self.reports if reported <= tokens]
+        return self.reports[max(earlier) if earlier else min(self.reports)]
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.training.seconds / self.training.tokens_done
+
+
+@dataclass(frozen=True)
+class RecordedStudy:
+    """A study's finished trainings in the order of asking; `reference` = (l0 cap, kl_baseline) of its hypervolume."""
+
+    study_id: str
+    layer: int
+    reference: tuple[float, float]
+    trainings: Sequence[RecordedTraining]
+
+
+@dataclass(frozen=True)
+class RecordedSweep:
+    """A sweep's current studies, the search that its file asked for, and the tokens of a step and of a training."""
+
+    name: str
+    search: SearchConfig
+    tokens_per_step: int
+    steps: int
+    studies: Sequence[RecordedStudy]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all trainings to their end."""
+        return self.steps * self.tokens_per_step * sum(len(study.trainings) for study in self.studies)
+
+
+def read_recorded_sweep(ledger: Ledger) -> RecordedSweep:
+    """Reads what a replay needs. Raises InputError when no training of the sweep has finished."""
+    config = ledger.sweep().config
+    training, context = config["training"], config["corpus"]["context"]
+    per_step = training["batch_sequences"] * context
+    studies = [
+        RecordedStudy(
+            study.study_id,
+            study.layer,
+            (study.reference["l0_cap"], study.reference["kl_baseline"]),
+            [_recorded(ledger, one) for one in ledger.trainings(study.study_id, "finished")],
+        )
+        for study in ledger.studies()
+        if study.is_current and study.reference
+    ]
+    if not any(study.trainings for study in studies):
+        raise InputError(f"{ledger.path}: no training of this sweep has finished, so there is nothing to replay")
+    search = SearchConfig.model_validate(config["search"])
+    return RecordedSweep(ledger.sweep().name, search, per_step, -(-training["tokens"] // per_step), studies)
+
+
+def _recorded(ledger: Ledger, training: Training) -> RecordedTraining:
+    reports: dict[int, dict[str, float | None]] = {training.tokens_done: training.metrics}
+    for report in ledger.reports(training.training_id):
+        reports.setdefault(report.tokens, {})[report.name] = report.value
+    return RecordedTraining(training, reports)

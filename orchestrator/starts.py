@@ -1,0 +1,95 @@
+"""The starts of a sweep, and the lease that lets one driver at a time run it.
+
+On one machine a file lock keeps two drivers apart, and the kernel lets go of it when one dies. For drivers on two
+machines the ledger holds a lease: the driver at work counts up `beat`, and a newcomer takes over only after it has seen
+the count stand still for a while by its own clock; no two clocks are compared.
+"""
+
+import os
+import platform
+import threading
+import time
+from datetime import UTC, datetime
+
+from sqlalchemy import select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import StartRow
+from qkmodel.errors import InputError
+
+BEAT_SECONDS = 2.0
+# a driver that is swapped out or waits for a slow file system must not lose its lease
+PATIENCE_SECONDS = 20.0
+
+
+class Lease:
+    """Held from construction to `release`. `start` is its number, which everything it writes carries."""
+
+    def __init__(self, ledger: Ledger, patience: float = PATIENCE_SECONDS) -> None:
+        """Raises InputError when a driver on another machine is at work on the sweep."""
+        self._ledger = ledger
+        _refuse_beside_living_driver(ledger, patience)
+        self.start = _open_start(ledger)
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        self._released.set()
+        self._thread.join()
+        _update(self._ledger, self.start, ended=datetime.now(UTC))
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            try:
+                _update(self._ledger, self.start, beat=StartRow.beat + 1)
+            except SQLAlchemyError:
+                # a full disk or a database that is away: the next beat may get through
+                continue
+
+
+def seconds_of_earlier_starts(ledger: Ledger, start: int) -> float:
+    """Wall time of the starts before this one, by their own count of beats."""
+    with ledger.transaction() as session:
+        beats = session.scalars(select(StartRow.beat).where(StartRow.number < start))
+        return BEAT_SECONDS * sum(beats)
+
+
+def _refuse_beside_living_driver(ledger: Ledger, patience: float) -> None:
+    last = _latest(ledger)
+    # the file lock has said that no driver on this machine is alive
+    if last is None or last.ended is not None or last.host == platform.node():
+        return
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        time.sleep(min(BEAT_SECONDS, patience) / 2)
+        now = _latest(ledger)
+        if now.ended is not None:
+            return
+        if (now.number, now.beat) != (last.number, last.beat):
+            raise InputError(
+                f"name: process {now.process} on {now.host} is at work on the sweep in {ledger.folder}; "
+                "wait for it or end it, or choose another name"
+            )
+
+
+def _latest(ledger: Ledger) -> StartRow | None:
+    with ledger.transaction() as session:
+        row = session.scalar(select(StartRow).order_by(StartRow.number.desc()).limit(1))
+        if row is not None:
+            session.expunge(row)
+        return row
+
+
+def _open_start(ledger: Ledger) -> int:
+    with ledger.transaction() as session:
+        row = StartRow(host=platform.node(), process=os.getpid(), started=datetime.now(UTC))
+        session.add(row)
+        session.flush()
+        return row.number
+
+
+def _update(ledger: Ledger, start: int, **values: object) -> None:
+    with ledger.transaction() as session:
+        session.execute(update(StartRow).where(StartRow.number == start).values(**values))

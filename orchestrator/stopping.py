@@ -1,0 +1,68 @@
+"""Ending a sweep before it is done: packs write checkpoints, nothing new is begun, and all of it within seconds."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from orchestrator.pack_queue import PackQueue
+from orchestrator.permit import ask_to_stop
+
+# Schedulers send SIGKILL after 10 s or more. What packs have not written by then costs one checkpoint interval.
+GRACE_SECONDS = 7.0
+
+
+class Stopping:
+    """Whether the packs were asked to end, and why: a signal, or a budget that is used up."""
+
+    def __init__(self, queue: PackQueue, sweep_folder: Path, start: int) -> None:
+        self._queue = queue
+        self._folder = sweep_folder
+        self._start = start
+        self.signal: int | None = None
+        self.budget_line: str | None = None
+
+    def check_budget(self) -> None:
+        if not self._queue.stopping and (line := self._queue.exceeded_budget()) is not None:
+            self.budget_line = line
+            self._stop()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM stop the packs; after `GRACE_SECONDS` the wait for them is broken off.
+
+        What is raised in the block after such a signal goes no further: `signal` says what happened.
+        """
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._on_signal)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.signal is None:
+                raise
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            sys.stderr.write("ended at once; the same command continues from the last checkpoints\n")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        self.signal = number
+        self._stop()
+        # SIGALRM wakes Tune's loop, whatever it waits for
+        signal.signal(signal.SIGALRM, self._break_off)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+
+    def _break_off(self, number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def _stop(self) -> None:
+        self._queue.stopping = True
+        ask_to_stop(self._folder, self._start)
