@@ -43,6 +43,10 @@ class Budget:
                 return "search.device_hours are used up"
         return None
 
+    @property
+    def is_of_tokens(self) -> bool:
+        return self._limits.tokens is not None
+
     def allows(self, trainings: int, tokens_each: int) -> int:
         """How many of so many new trainings the tokens suffice for; what is begun keeps those to its end."""
         if self._limits.tokens is None:

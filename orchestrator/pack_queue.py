@@ -117,7 +117,7 @@ class PackQueue:
         """The next pack; None when there is nothing until a running pack ends; "finished" when all is done."""
         if self.stopping:
             return None if self._running else "finished"
-        group = self._unfinished_group() or self._proposed_group()
+        group = self._unfinished_group() or self._proposed_group() or self._second_chances()
         if group is None:
             return None if self._running else "finished"
         members = self._packful(group)
@@ -198,7 +198,9 @@ class PackQueue:
             if not decision.kept:
                 training = by_id[decision.training_id]
                 study.search.tell(training.hyperparameters, decision.expected, decision.feasible)
-                self._checkpoints.discard(training.training_id)
+                # otherwise it may get a second chance
+                if not self._budget.is_of_tokens:
+                    self._checkpoints.discard(training.training_id)
 
     def _packful(self, group: _Group) -> list[_Waiting]:
         """As many as a pack holds; after a failure half as many, and the last attempt is made alone.
@@ -253,6 +255,21 @@ class PackQueue:
             if group.members:
                 return group
         return None
+
+    def _second_chances(self) -> _Group | None:
+        """The best of the stopped trainings, for tokens that are left once all proposals were begun."""
+        if not self._budget.is_of_tokens:
+            return None
+        stopped = {study_id: self._decisions.stopped(study_id) for study_id in self._studies}
+        study = max(self._studies.values(), key=lambda one: len(stopped[one.study_id]), default=None)
+        if study is None:
+            return None
+        room = self._budget.allows(self._settings.pack_size, study.tokens_planned)
+        chosen = stopped[study.study_id][:room]
+        for identifier in chosen:
+            study.wanted.add(identifier)
+            self._ledger.reopen(identifier)
+        return self._unfinished_group() if chosen else None
 
     def _room(self) -> int:
         """How many trainings may be begun now."""

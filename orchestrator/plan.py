@@ -51,11 +51,11 @@ from qkmodel.reference import MEAN_SEQUENCES
 class StudyPlan:
     """One study: what it already has and how many trainings it still needs.
 
-    `unfinished` are trainings that the ledger holds as open or running, that failed for a reason outside
-    themselves, or that are finished without a dictionary: those are `lost`, training id -> what is gone. `diverged`
-    counts those whose numbers ran away, which are not tried again. `new` counts those that the search is still to
-    propose. `tokens_planned` are the tokens of all these, and those that trainings
-    outside the file's present space have seen.
+    `unfinished` are trainings that the ledger holds as open or running, that failed for a reason outside themselves, or
+    that are finished without a dictionary: those are `lost`, training id -> what is gone. `diverged` counts those whose
+    numbers ran away, which are not tried again, `stopped` those that halving stopped, `new` those that the search is
+    still to propose. `tokens_planned` are the tokens of all these, and those that trainings outside the file's present
+    space have seen.
     """
 
     study_id: str
@@ -63,6 +63,7 @@ class StudyPlan:
     identity: dict
     finished: int
     diverged: int
+    stopped: int
     unfinished: tuple[Training, ...]
     lost: dict[str, str]
     new: int
@@ -78,7 +79,7 @@ class SweepPlan:
     """Everything that is known about a sweep without loading its model.
 
     `bos` is the token that opens sequences, None for none, "auto" until it has been measured. `attempt` counts how
-    often everything was begun afresh, and `fresh` says that this plan does so.
+    often everything was begun afresh, and `fresh` says that this plan does so. `tokens_spent` by all trainings so far.
     """
 
     config: SweepConfig
@@ -88,6 +89,7 @@ class SweepPlan:
     studies: tuple[StudyPlan, ...]
     attempt: int
     fresh: bool
+    tokens_spent: int
 
     @property
     def folder(self) -> Path:
@@ -113,7 +115,16 @@ class SweepPlan:
 
     @property
     def trainings_left(self) -> int:
-        return sum(study.to_train for study in self.studies)
+        return sum(study.to_train for study in self.studies) + self.second_chances
+
+    @property
+    def second_chances(self) -> int:
+        """Stopped trainings that the rest of a budget of tokens suffices for."""
+        wanted, each = self.config.search.tokens, self.tokens_per_training
+        if wanted is None:
+            return 0
+        left = wanted - self.tokens_spent - each * sum(study.to_train for study in self.studies)
+        return max(0, min(left // each, sum(study.stopped for study in self.studies)))
 
     @property
     def diverged(self) -> int:
@@ -299,9 +310,11 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
         identifier = study_id(identity)
         trainings = ledger.trainings(identifier) if ledger is not None else []
         studies.append(_study_plan(config, identifier, layer, identity, trainings))
+    tokens_spent = 0
     if ledger is not None:
+        tokens_spent = ledger.spent().tokens
         ledger.close()
-    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh)
+    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent)
     if plan.trainings_left:
         check_memory(config, model, plan.pack_size)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
@@ -335,9 +348,10 @@ def _study_plan(
     inside = [replace(one, state="open", tokens_done=0) if one.training_id in lost else one for one in inside]
     finished = [one for one in inside if one.state == "finished"]
     diverged = [one for one in inside if one.state == "failed" and (one.error or "").startswith(DIVERGED)]
-    ended = [one.training_id for one in [*finished, *diverged]]
-    if halving_of(config) is not None:
-        ended += [one.training_id for one in inside if one.state == "stopped"]
+    stopped = [one for one in inside if one.state == "stopped"] if halving_of(config) is not None else []
+    ended = {one.training_id for one in [*finished, *diverged, *stopped]}
     unfinished = tuple(one for one in inside if one.training_id not in ended)
     tokens_planned = (len(inside) + new) * tokens_per_training(config) + outside
-    return StudyPlan(identifier, layer, identity, len(finished), len(diverged), unfinished, lost, new, tokens_planned)
+    return StudyPlan(
+        identifier, layer, identity, len(finished), len(diverged), len(stopped), unfinished, lost, new, tokens_planned
+    )

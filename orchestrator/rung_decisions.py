@@ -20,14 +20,20 @@ class RungDecisions:
         self._halving = halving
         self._tokens_per_step = tokens_per_step
         # (training id, tokens) that were decided about; read once, since every pack asks for all who wait
-        self._decided = {(one.training_id, one.tokens) for one in read_decisions(ledger)}
+        self._decided: set[tuple[str, int]] = set()
+        # those that were stopped: taken up again, they go to their end
+        self._stopped: set[str] = set()
+        self._note(read_decisions(ledger))
 
     def next_stop(self, training_id: str, steps_done: int, last_step: int) -> int:
         """The step at which the training's pack ends: its next rung, or `last_step`.
 
-        A rung at `steps_done` is still to come where nothing was decided there yet.
+        A rung at `steps_done` is still to come where nothing was decided there yet. What was stopped once and is taken
+        up again goes to its end.
         """
-        for rung in self._halving.rungs if self._halving is not None else ():
+        if self._halving is None or training_id in self._stopped:
+            return last_step
+        for rung in self._halving.rungs:
             is_here = rung == steps_done and (training_id, rung * self._tokens_per_step) not in self._decided
             if rung < last_step and (rung > steps_done or is_here):
                 return rung
@@ -51,8 +57,19 @@ class RungDecisions:
             where = {"tokens": tokens, "number": number, "family": family}
             decisions += self._decide_family(asking, before, self._finished(study_id, before), where)
         record_decision(self._ledger, decisions)
-        self._decided |= {(one.training_id, tokens) for one in decisions}
+        self._note(decisions)
         return decisions
+
+    def stopped(self, study_id: str) -> list[str]:
+        """Trainings of a study that are stopped, the best first: from the latest rung, and there by rank."""
+        ids = {one.training_id for one in self._ledger.trainings(study_id, "stopped")}
+        last = [one for one in read_decisions(self._ledger, study_id) if not one.kept and one.training_id in ids]
+        last.sort(key=lambda one: (-one.tokens, one.rank / one.arrived, one.training_id))
+        return [one.training_id for one in last]
+
+    def _note(self, decisions: Sequence[Decision]) -> None:
+        self._decided |= {(one.training_id, one.tokens) for one in decisions}
+        self._stopped |= {one.training_id for one in decisions if not one.kept}
 
     def _decide_family(
         self,

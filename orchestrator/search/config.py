@@ -66,7 +66,8 @@ class SearchConfig(Schema):
     """What to try. `trainings` is the budget of one layer; `space` holds one or more alternatives.
 
     In an alternative a value fixes a hyperparameter, a list chooses, a mapping is a range. `tokens`, `device_hours` and
-    `wall_time` (seconds) bound the whole sweep, all its starts together: whichever ends first. `first` are points to
+    `wall_time` (seconds) bound the whole sweep, all its starts together: whichever ends first. Given `tokens`, those
+    that are left once all trainings were begun go to the best of those that halving stopped. `first` are points to
     try before all others, and `warm_start` a sweep whose fronts are tried after them. With `layer_allocation:
     by_progress` layers share one budget, and those get more whose front still moves.
     """
@@ -128,7 +129,7 @@ class SearchConfig(Schema):
 class HalvingConfig(Schema):
     """At each of the `rungs` (tokens) the best 1/`eta` of a study's trainings of one family go on.
 
-    Without `rungs` there are two, at the shares 1/η² and 1/η of a training.
+    Without `rungs` there are three, at an eighteenth, a sixth and a third of a training.
     """
 
     eta: Number = Field(default=3, ge=1.5, le=100)
@@ -172,7 +173,7 @@ def resolve_halving(
         setting = HalvingConfig() if trainings >= LEAST_HALVED and sampler != "grid" else None
     if setting is None:
         return None
-    rungs = default_rungs(steps, setting.eta)
+    rungs = default_rungs(steps)
     if setting.rungs is not None:
         nearest = {max(1, round(tokens / tokens_per_step)) for tokens in setting.rungs}
         rungs = tuple(sorted(rung for rung in nearest if rung < steps))

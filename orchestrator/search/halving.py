@@ -13,6 +13,8 @@ from statistics import median
 
 from orchestrator.pareto import front
 
+DEFAULT_SHARES = (1 / 18, 1 / 6, 1 / 3)
+
 
 @dataclass(frozen=True)
 class Halving:
@@ -45,16 +47,14 @@ class AtRung:
 def survivors(asking: Collection[str], arrived: Sequence[AtRung], eta: float) -> set[str]:
     """Which of the trainings `asking` go on, given all that `arrived` at the rung so far, these included.
 
-    The best ⌈n/η⌉ of the n that arrived, and the feasible ones with the least kl and the least l0: they bound the
-    front. The answer does not depend on the order of `arrived`. A training whose numbers are not finite never goes on.
+    The best ⌈n/η⌉ of the n that arrived, and all that no feasible one dominates: another l0 is no worse an answer, and
+    without them fronts end up with holes (benchmarks/search.py). The answer does not depend on the order of `arrived`.
+    A training whose numbers are not finite never goes on.
     """
     ranked = [one for one in ranking(arrived) if one.is_finite]
-    kept = {one.training_id for one in ranked[: math.ceil(len(arrived) / eta)]}
-    feasible = [one for one in ranked if one.feasible]
-    if feasible:
-        kept.add(min(feasible, key=lambda one: (one.kl, one.l0, one.training_id)).training_id)
-        kept.add(min(feasible, key=lambda one: (one.l0, one.kl, one.training_id)).training_id)
-    return kept & set(asking)
+    layers = fronts([one for one in ranked if one.feasible])
+    kept = max(math.ceil(len(arrived) / eta), len(layers[0]) if layers else 0)
+    return {one.training_id for one in ranked[:kept]} & set(asking)
 
 
 def ranking(arrived: Sequence[AtRung]) -> list[AtRung]:
@@ -113,7 +113,7 @@ def extrapolated(values: tuple[float, float], finished: Sequence[FromRungToEnd])
     )
 
 
-def default_rungs(steps: int, eta: float) -> tuple[int, ...]:
-    """Rungs at the shares 1/η² and 1/η of a training's steps (benchmarks/search.py says why these)."""
-    rungs = {max(1, round(steps / eta**power)) for power in (2, 1)}
+def default_rungs(steps: int) -> tuple[int, ...]:
+    """Rungs at an eighteenth, a sixth and a third of a training's steps (benchmarks/search.py says why these)."""
+    rungs = {max(1, round(steps * share)) for share in DEFAULT_SHARES}
     return tuple(sorted(rung for rung in rungs if rung < steps))

@@ -81,6 +81,7 @@ class StudySearch:
         self._seed = seed
         self._seen: set[Hyperparameters] = set()
         self._open: dict[Hyperparameters, Trial] = {}
+        self._told: set[Hyperparameters] = set()
         self._exhausted = False
         self._first = [canonical(point) for point in first]
         logging.getLogger("optuna").setLevel(logging.WARNING)
@@ -117,11 +118,14 @@ class StudySearch:
 
         Raises:
             KeyError: no such training of this space is open. One outside the space teaches nothing, and is
-                let pass: a training of an edited sweep file's earlier space is still finished.
+                let pass: a training of an edited sweep file's earlier space is still finished. So is one that was
+                told before: stopped, and then taken up again.
         """
-        if not self._holds(canonical(hyperparameters)):
+        key = Hyperparameters(**hyperparameters)
+        if not self._holds(canonical(hyperparameters)) or key in self._told:
             return
-        trial = self._open.pop(Hyperparameters(**hyperparameters))
+        trial = self._open.pop(key)
+        self._told.add(key)
         if values is None or not all(map(math.isfinite, values)):
             self._study.tell(trial, state=TrialState.FAIL)
             return

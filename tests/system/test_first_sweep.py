@@ -356,15 +356,11 @@ def test_an_interrupted_and_killed_sweep_ends_with_the_same_bytes_as_an_undistur
     assert continued.status["trainings"] == {"open": 0, "running": 0, "finished": 2, "stopped": 0, "failed": 0}
     assert [one.attempts for one in continued.trainings] == [3, 3]
     assert [one.metrics for one in continued.trainings] == [one.metrics for one in undisturbed.trainings]
-    for training in undisturbed.trainings:
-        files = [each.storage / "first" / training.dictionary / "transcoder.safetensors" for each in (whole, killed)]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    for identifier, expected in undisturbed.tracked.steps.items():
-        steps = continued.tracked.steps[identifier]
-        # either may fall between a checkpoint and the booking of its report: that point of progress is missing
-        missing = set(expected["loss"]) - set(steps["loss"])
-        assert len(missing) <= 2
-        assert steps == {name: [step for step in at if step not in missing] for name, at in expected.items()}
+    for one, other in zip(undisturbed.trainings, continued.trainings, strict=True):
+        bytes_of_one = (whole.storage / "first" / one.dictionary / "transcoder.safetensors").read_bytes()
+        assert bytes_of_one == (killed.storage / "first" / other.dictionary / "transcoder.safetensors").read_bytes()
+    # every report is there once, those too that a kill came between their checkpoint and their booking
+    assert continued.tracked.steps == undisturbed.tracked.steps
 
 
 def wait_until_training(sweep: Sweep, process: subprocess.Popen[str], output: Path) -> None:

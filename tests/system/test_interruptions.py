@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.checkpoints import newest_checkpoint
 from tests.orchestrator.sweep_files import write_sweep
 from tests.system.test_first_sweep import Sweep, wait_until_training
 
@@ -51,8 +52,15 @@ def test_interruptions_are_one_line_each_and_the_same_command_continues(sweep: S
 
     with sweep.started("sweep", "first.yaml") as (process, output):
         wait_until_training(sweep, process, output)
+        done = {training.training_id: training.tokens_done for training in sweep.trainings()}
+        asked = time.monotonic()
         process.terminate()
         assert process.wait(timeout=120) == 143
+        assert time.monotonic() - asked < 10
+        # every pack wrote where it was, between two reports
+        for training, tokens in done.items():
+            _, header = newest_checkpoint(sweep.storage / "first", training)
+            assert header.steps_done * 8 * 128 >= tokens
         *before, last = (output / "err").read_text().splitlines()
         assert last == "interrupted; the same command continues where it was"
         assert "Traceback" not in "".join(before)

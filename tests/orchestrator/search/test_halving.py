@@ -85,20 +85,13 @@ def test_scales_do_not_matter(arrived: list[AtRung], eta: int) -> None:
 
 
 @given(arrivals(), st.sampled_from([2, 3, 4]))
-def test_as_many_go_on_as_were_promised(arrived: list[AtRung], eta: int) -> None:
+def test_the_promised_share_and_the_feasible_front_go_on(arrived: list[AtRung], eta: int) -> None:
     kept = survivors(ids(arrived), arrived, eta)
-    promised = min(math.ceil(len(arrived) / eta), sum(one.is_finite for one in arrived))
-    assert promised <= len(kept) <= promised + 2
-    assert all(one.is_finite for one in arrived if one.training_id in kept)
-
-
-@given(arrivals(least=1), st.sampled_from([2, 3, 4]))
-def test_the_feasible_extremes_go_on(arrived: list[AtRung], eta: int) -> None:
-    kept = survivors(ids(arrived), arrived, eta)
-    feasible = [one for one in arrived if one.feasible and one.is_finite]
-    if feasible:
-        assert min(one.kl for one in feasible) in {one.kl for one in arrived if one.training_id in kept}
-        assert min(one.l0 for one in feasible) in {one.l0 for one in arrived if one.training_id in kept}
+    finite = [one for one in arrived if one.is_finite]
+    feasible = [one for one in finite if one.feasible]
+    on_front = {one.training_id for one in feasible if depth(one, feasible) == 0}
+    assert on_front <= kept <= set(ids(finite))
+    assert len(kept) == max(min(math.ceil(len(arrived) / eta), len(finite)), len(on_front))
 
 
 @given(arrivals(), st.sampled_from([2, 3, 4]))
@@ -133,11 +126,11 @@ def test_values_are_extrapolated_by_the_median_ratio() -> None:
     assert extrapolated((0.3, 80.0), [FromRungToEnd((0.2, 0.0), (0.1, 0.0))]) == pytest.approx((0.15, 80.0))
 
 
-def test_default_rungs_are_a_ninth_and_a_third() -> None:
-    assert default_rungs(900, 3) == (100, 300)
+def test_default_rungs_are_inside_a_training() -> None:
+    assert default_rungs(900) == (50, 150, 300)
     # nothing is compared before the first step, nor at the end
-    assert default_rungs(3, 3) == (1,)
-    assert default_rungs(1, 3) == ()
+    assert default_rungs(6) == (1, 2)
+    assert default_rungs(1) == ()
 
 
 def test_the_share_that_is_trained() -> None:
