@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -51,8 +50,7 @@ class Stopping:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            sys.stderr.write("ended at once; the same command continues from the last checkpoints\n")
-            sys.stderr.flush()
+            os.write(2, b"ended at once; the same command continues from the last checkpoints\n")
             os._exit(128 + number)
         self.signal = number
         self._stop()

@@ -93,7 +93,7 @@ def test_no_assert_statements() -> None:
     assert found == []
 
 
-def test_no_except_that_swallows_everything_but_the_one_around_mlflow() -> None:
+def test_no_except_that_swallows_everything_but_those_around_mlflow_and_around_a_pack() -> None:
     found = [
         str(path)
         for path in MODULES
@@ -101,7 +101,7 @@ def test_no_except_that_swallows_everything_but_the_one_around_mlflow() -> None:
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or {"Exception", "BaseException"} & set(ast.unparse(node.type).strip("()").split(", ")))
     ]
-    assert found == ["orchestrator/tracking_thread.py"]
+    assert found == ["orchestrator/tracking_thread.py", "orchestrator/trainable.py"]
 
 
 def test_nothing_that_runs_what_it_reads() -> None:
