@@ -1,6 +1,7 @@
 """What a whole sweep may cost, all its starts together, and whether it is used up."""
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from orchestrator.ledger import Ledger
@@ -23,11 +24,14 @@ class Limits:
 
 
 class Budget:
-    """Compares what the ledger says was spent with the limits."""
+    """Compares what the ledger says was spent on the present studies with the limits."""
 
-    def __init__(self, limits: Limits, ledger: Ledger, start: int, gpu_share: float = 0.0) -> None:
+    def __init__(
+        self, limits: Limits, ledger: Ledger, studies: Collection[str], start: int, gpu_share: float = 0.0
+    ) -> None:
         self._limits = limits
         self._ledger = ledger
+        self._studies = studies
         self._device_share = gpu_share or 1.0
         self._begun = time.monotonic()
         self._before = seconds_of_earlier_starts(ledger, start)
@@ -38,7 +42,7 @@ class Budget:
         if limits.wall_time is not None and self._before + time.monotonic() - self._begun >= limits.wall_time:
             return "search.wall_time is used up"
         if limits.device_hours is not None:
-            seconds = self._ledger.spent().seconds * self._device_share
+            seconds = self._ledger.spent(self._studies).seconds * self._device_share
             if seconds >= limits.device_hours * SECONDS_PER_HOUR:
                 return "search.device_hours are used up"
         return None
@@ -51,4 +55,5 @@ class Budget:
         """How many of so many new trainings the tokens suffice for; what is begun keeps those to its end."""
         if self._limits.tokens is None:
             return trainings
-        return max(0, min(trainings, (self._limits.tokens - self._ledger.spent().tokens_committed) // tokens_each))
+        left = self._limits.tokens - self._ledger.spent(self._studies).tokens_committed
+        return max(0, min(trainings, left // tokens_each))

@@ -7,7 +7,7 @@ repeated.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -333,8 +333,8 @@ class Ledger:
             found = dict(session.execute(statement).tuples().all())
         return {state: found.get(state, 0) for state in STATES}
 
-    def spent(self) -> Spent:
-        """What the trainings of the sweep have cost, those of earlier attempts and former studies too."""
+    def spent(self, studies: Collection[str]) -> Spent:
+        """What the trainings of these studies have cost."""
         unfinished = case((TrainingRow.state.in_(("open", "running")), TrainingRow.tokens_planned), else_=None)
         columns = (
             func.coalesce(func.sum(TrainingRow.tokens_done), 0),
@@ -342,7 +342,7 @@ class Ledger:
             func.coalesce(func.sum(TrainingRow.seconds), 0.0),
         )
         with self.transaction() as session:
-            return Spent(*session.execute(select(*columns)).one())
+            return Spent(*session.execute(select(*columns).where(TrainingRow.study_id.in_(studies))).one())
 
     # -- what MLflow already holds
 

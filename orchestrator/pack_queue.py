@@ -103,6 +103,7 @@ class PackQueue:
         self._packs_made = 0
         # once set, no pack is handed out any more, and those that end are not at fault
         self.stopping = False
+        self._is_out_of_tokens = False
         # of those that no pack has at present: read once, since all of a checkpoint is hashed
         self._waiting: dict[str, _Waiting] = {}
         ledger.reopen_running()
@@ -142,8 +143,13 @@ class PackQueue:
         return order
 
     def exceeded_budget(self) -> str | None:
-        """The budget that is used up, in words."""
+        """The budget after which packs have to end, in words."""
         return self._budget.exceeded()
+
+    @property
+    def token_line(self) -> str | None:
+        """That the tokens did not suffice for all trainings, in words."""
+        return "search.tokens are used up" if self._is_out_of_tokens else None
 
     def record(self, pack_id: str, reports: Sequence[MemberReport]) -> None:
         """Books what a pack reported; what says a thing again about a training that has ended changes nothing."""
@@ -243,6 +249,7 @@ class PackQueue:
         for study_id in in_turn([self._standing(study) for study in asking.values()], self._settings.allocation):
             study, group = asking[study_id], _Group(asking[study_id])
             room = self._budget.allows(self._room(), study.tokens_planned)
+            self._is_out_of_tokens = room == 0 < self._room()
             while len(group.members) < room:
                 proposal = study.search.ask()
                 if proposal is None:

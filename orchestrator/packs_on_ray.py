@@ -94,7 +94,7 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
         tuner.fit()
     if stopping.signal is not None:
         raise KeyboardInterrupt(stopping.signal)
-    return stopping.budget_line
+    return stopping.budget_line or queue.token_line
 
 
 @contextlib.contextmanager

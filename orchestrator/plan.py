@@ -1,18 +1,15 @@
 """From a sweep file to studies, trainings, packs, tokens and bytes: what will be done, before anything is."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 from orchestrator.config import SweepConfig
-from orchestrator.identity import study_id, study_identity, training_id
-from orchestrator.ledger import Ledger, Training
+from orchestrator.identity import study_id, study_identity
+from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
-from orchestrator.pack_order import DIVERGED
 from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_pack
 from orchestrator.plan_checks import (
     CACHE_FOLDER,
@@ -23,10 +20,16 @@ from orchestrator.plan_checks import (
     machine_cpus,
     machine_gpus,
 )
-from orchestrator.search.config import resolve_halving
+from orchestrator.plan_figures import (
+    halving_of,
+    sampler_of,
+    steps_per_training,
+    storage_folder,
+    sweep_folder,
+    tokens_per_training,
+)
 from orchestrator.search.halving import Halving
-from orchestrator.search.samplers import resolve_auto
-from orchestrator.search.space import canonical, contains, enumerate_space, grid
+from orchestrator.study_plan import StudyPlan, make_study_plan, share_budget
 from qkmodel.activations import (
     SPLITS,
     TOKENS,
@@ -40,38 +43,10 @@ from qkmodel.activations import (
     request_bytes,
 )
 from qkmodel.data_order import sequences_per_epoch
-from qkmodel.dictionary import find_loss
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
 from qkmodel.model_description import ModelDescription, describe_model
 from qkmodel.products import forward_products
 from qkmodel.reference import MEAN_SEQUENCES
-
-
-@dataclass(frozen=True)
-class StudyPlan:
-    """One study: what it already has and how many trainings it still needs.
-
-    `unfinished` are trainings that the ledger holds as open or running, that failed for a reason outside themselves, or
-    that are finished without a dictionary: those are `lost`, training id -> what is gone. `diverged` counts those whose
-    numbers ran away, which are not tried again, `stopped` those that halving stopped, `new` those that the search is
-    still to propose. `tokens_planned` are the tokens of all these, and those that trainings outside the file's present
-    space have seen.
-    """
-
-    study_id: str
-    layer: int
-    identity: dict
-    finished: int
-    diverged: int
-    stopped: int
-    unfinished: tuple[Training, ...]
-    lost: dict[str, str]
-    new: int
-    tokens_planned: int
-
-    @property
-    def to_train(self) -> int:
-        return len(self.unfinished) + self.new
 
 
 @dataclass(frozen=True)
@@ -238,40 +213,6 @@ class SweepPlan:
         return train, validation
 
 
-def sampler_of(config: SweepConfig) -> str:
-    """The sampler by name, `auto` resolved."""
-    search = config.search
-    return resolve_auto(search.space, search.trainings) if search.sampler == "auto" else search.sampler
-
-
-def tokens_per_step(config: SweepConfig) -> int:
-    return config.training.batch_sequences * config.corpus.context
-
-
-def steps_per_training(config: SweepConfig) -> int:
-    return math.ceil(config.training.tokens / tokens_per_step(config))
-
-
-def tokens_per_training(config: SweepConfig) -> int:
-    """`training.tokens` rounded up to whole batches."""
-    return steps_per_training(config) * tokens_per_step(config)
-
-
-def halving_of(config: SweepConfig) -> Halving | None:
-    """Where trainings may be stopped early; None where all are trained to their end."""
-    trainings, steps = config.search.trainings, steps_per_training(config)
-    return resolve_halving(config.halving, sampler_of(config), trainings, steps, tokens_per_step(config))
-
-
-def sweep_folder(config: SweepConfig) -> Path:
-    return storage_folder(config) / config.name
-
-
-def storage_folder(config: SweepConfig) -> Path:
-    """Where sweep folders, activation caches and MLflow's default store live."""
-    return Path(config.storage).expanduser().absolute()
-
-
 def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool = False) -> SweepPlan:
     """What this sweep file asks for beyond what its ledger already holds. Creates nothing.
 
@@ -309,10 +250,12 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
         )
         identifier = study_id(identity)
         trainings = ledger.trainings(identifier) if ledger is not None else []
-        studies.append(_study_plan(config, identifier, layer, identity, trainings))
+        studies.append(make_study_plan(config, identifier, layer, identity, trainings))
+    if config.search.layer_allocation == "by_progress":
+        studies = share_budget(config, studies)
     tokens_spent = 0
     if ledger is not None:
-        tokens_spent = ledger.spent().tokens
+        tokens_spent = ledger.spent([study.study_id for study in studies]).tokens
         ledger.close()
     plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent)
     if plan.trainings_left:
@@ -321,37 +264,3 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
         # a sweep whose text is cached does without the hub
         require_corpus(config.corpus)
     return plan
-
-
-def _study_plan(
-    config: SweepConfig, identifier: str, layer: int, identity: dict, trainings: Sequence[Training]
-) -> StudyPlan:
-    space = config.search.space
-    inside = [
-        one for one in trainings if any(contains(alternative, canonical(one.hyperparameters)) for alternative in space)
-    ]
-    points, budget = enumerate_space(space), config.search.trainings
-    possible = budget if points is None else sum(1 for _ in islice(points, budget))
-    new = max(0, possible - len(inside))
-    if sampler_of(config) == "grid":
-        wanted = {training_id(identifier, point) for point in grid(space)}
-        inside = [one for one in inside if one.training_id in wanted]
-        new = len(wanted) - len(inside)
-    outside = sum(one.tokens_done for one in trainings) - sum(one.tokens_done for one in inside)
-    losses = {
-        one.training_id: find_loss(sweep_folder(config) / one.dictionary, one.dictionary_sha256)
-        for one in inside
-        if one.state == "finished"
-    }
-    lost = {identifier: loss for identifier, loss in losses.items() if loss is not None}
-    # as the ledger will have them once the sweep is started
-    inside = [replace(one, state="open", tokens_done=0) if one.training_id in lost else one for one in inside]
-    finished = [one for one in inside if one.state == "finished"]
-    diverged = [one for one in inside if one.state == "failed" and (one.error or "").startswith(DIVERGED)]
-    stopped = [one for one in inside if one.state == "stopped"] if halving_of(config) is not None else []
-    ended = {one.training_id for one in [*finished, *diverged, *stopped]}
-    unfinished = tuple(one for one in inside if one.training_id not in ended)
-    tokens_planned = (len(inside) + new) * tokens_per_training(config) + outside
-    return StudyPlan(
-        identifier, layer, identity, len(finished), len(diverged), len(stopped), unfinished, lost, new, tokens_planned
-    )

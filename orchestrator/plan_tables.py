@@ -6,7 +6,8 @@ from rich import box
 from rich.table import Table
 
 from orchestrator.estimate import STARTUP_SECONDS, Estimate
-from orchestrator.plan import SweepPlan, tokens_per_step
+from orchestrator.plan import SweepPlan
+from orchestrator.plan_figures import tokens_per_step
 from orchestrator.tables import counted, duration, size
 
 

@@ -22,15 +22,16 @@ from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork, history
 from orchestrator.packs_on_ray import train_packs
 from orchestrator.pareto import MAX_L0_SHARE
 from orchestrator.permit import grant
-from orchestrator.plan import StudyPlan, SweepPlan, make_plan, steps_per_training, storage_folder, tokens_per_step
+from orchestrator.plan import SweepPlan, make_plan
+from orchestrator.plan_figures import steps_per_training, storage_folder, tokens_per_step
 from orchestrator.preparation import Preparation, prepare
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
 from orchestrator.starts import Lease
+from orchestrator.study_plan import StudyPlan
 from orchestrator.tracking import EndStatus, Tracker
 from orchestrator.tracking_thread import TrackingThread
 from orchestrator.versions import git_sha, package_versions
-from orchestrator.warm_start import front_of_earlier_sweep
 from qkmodel.activation_build import BuildProgress
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
 from qkmodel.errors import InputError
@@ -168,7 +169,8 @@ def _queue_settings(plan: SweepPlan) -> QueueSettings:
 def _budget(plan: SweepPlan, ledger: Ledger, start: int) -> Budget:
     search = plan.config.search
     limits = Limits(search.tokens, search.device_hours, search.wall_time)
-    return Budget(limits, ledger, start, plan.config.resources.pack.gpu)
+    studies = [study.study_id for study in plan.studies]
+    return Budget(limits, ledger, studies, start, plan.config.resources.pack.gpu)
 
 
 def _record_references(plan: SweepPlan, prepared: Preparation, ledger: Ledger) -> None:
@@ -197,7 +199,7 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         config.search.trainings * shared,
         config.seed,
         history(ledger, study.study_id, unfinished),
-        first=[*config.search.first, *front_of_earlier_sweep(config, study.layer)],
+        first=study.first,
     )
     template = partial(
         PackOrder,

@@ -26,7 +26,8 @@ def tokens_to(curve: Sequence[Point], share: float) -> int | None:
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile; of one value three times that."""
-    return tuple(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3  # type: ignore[return-value]
+    lower, middle, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return lower, middle, upper
 
 
 def curves_record(sweep: RecordedSweep, curves: Sequence[Sequence[Point]]) -> dict[str, Any]:

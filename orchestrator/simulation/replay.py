@@ -206,7 +206,11 @@ class _Replay:
         shared = self._trainings * len(works) if policy.layer_allocation == "by_progress" else None
         settings = QueueSettings(policy.pack, self._halving, policy.layer_allocation, shared)
         return PackQueue(
-            self._ledger, works, self._checkpoints, settings, Budget(Limits(policy.tokens), self._ledger, 0)
+            self._ledger,
+            works,
+            self._checkpoints,
+            settings,
+            Budget(Limits(policy.tokens), self._ledger, self._studies.keys(), 0),
         )
 
     def _work(self, study: RecordedStudy) -> StudyWork:

@@ -93,7 +93,7 @@ def start(
             StudyWork(study, search, TOKENS_PER_STEP, STEPS, template(folder, LAYERS[study]), {"threads": 2}, wanted)
         )
     settings = QueueSettings(pack_size, halving, allocation, shared_trainings)
-    queue = PackQueue(ledger, works, Checkpoints(folder), settings, Budget(limits, ledger, start=1))
+    queue = PackQueue(ledger, works, Checkpoints(folder), settings, Budget(limits, ledger, studies, start=1))
     return Driver(ledger, queue, folder, {work.study_id: work.search for work in works})
 
 
@@ -671,6 +671,7 @@ def test_a_budget_of_tokens_begins_no_more_than_it_covers(tmp_path: Path) -> Non
         sizes.append(len(order.members))
         driver.finish(order)
     assert sizes == [2, 1]
+    assert driver.queue.token_line == "search.tokens are used up"
     # a larger one goes on
     assert len(take(start(tmp_path, pack_size=2, limits=Limits(tokens=4 * TOKENS))).members) == 1
 
@@ -686,7 +687,7 @@ def test_tokens_that_halving_saves_begin_further_trainings(tmp_path: Path) -> No
         else:
             reach(driver, order, {one: 0.01 * (1 + place) for place, one in enumerate(ids(order))})
     assert len(driver.ledger.trainings()) > 4
-    assert driver.ledger.spent().tokens <= 4 * TOKENS
+    assert driver.ledger.spent(["late"]).tokens <= 4 * TOKENS
 
 
 def test_device_hours_and_wall_time_are_used_up(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""What a sweep file comes to: places, sizes of trainings, sampler, halving."""
+
+import math
+from pathlib import Path
+
+from orchestrator.config import SweepConfig
+from orchestrator.search.config import resolve_halving
+from orchestrator.search.halving import Halving
+from orchestrator.search.samplers import resolve_auto
+
+
+def sampler_of(config: SweepConfig) -> str:
+    """The sampler by name, `auto` resolved."""
+    search = config.search
+    return resolve_auto(search.space, search.trainings) if search.sampler == "auto" else search.sampler
+
+
+def tokens_per_step(config: SweepConfig) -> int:
+    return config.training.batch_sequences * config.corpus.context
+
+
+def steps_per_training(config: SweepConfig) -> int:
+    return math.ceil(config.training.tokens / tokens_per_step(config))
+
+
+def tokens_per_training(config: SweepConfig) -> int:
+    """`training.tokens` rounded up to whole batches."""
+    return steps_per_training(config) * tokens_per_step(config)
+
+
+def halving_of(config: SweepConfig) -> Halving | None:
+    """Where trainings may be stopped early; None where all are trained to their end."""
+    trainings, steps = config.search.trainings, steps_per_training(config)
+    return resolve_halving(config.halving, sampler_of(config), trainings, steps, tokens_per_step(config))
+
+
+def sweep_folder(config: SweepConfig) -> Path:
+    return storage_folder(config) / config.name
+
+
+def storage_folder(config: SweepConfig) -> Path:
+    """Where sweep folders, activation caches and MLflow's default store live."""
+    return Path(config.storage).expanduser().absolute()
