@@ -8,11 +8,13 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from sqlalchemy import insert, update
 
 from orchestrator.config import load_sweep
 from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.ledger_tables import MetricRow, TrainingRow
 from orchestrator.pack_size import kinds_of_training
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_checks import machine_cpus
@@ -322,3 +324,60 @@ def test_huge_numbers_are_reckoned_with_not_listed(tmp_path: Path, overrides: li
     # the first asks for 5,208,348,959 shards
     request = CacheRequest(plan.config.layers, plan.sequences, plan.sequences)
     assert missing_work(plan.cached, request).sequences == train + validation
+
+
+# -- starting anew, stopped trainings, shared budgets, earlier sweeps
+
+
+def test_fresh_asks_for_everything_in_studies_of_their_own(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    plan = plan_of(file)
+    assert make_plan(load_sweep(file), fresh=True).attempt == 0
+    train(plan, 1, {8: "finished", 16: "finished"})
+    fresh = make_plan(load_sweep(file), fresh=True)
+    assert (fresh.attempt, work(fresh)[0]) == (1, (0, 0, 4))
+    assert not {study.study_id for study in fresh.studies} & {study.study_id for study in plan.studies}
+    # the attempt that a start recorded is the one that later starts go on with
+    ledger = Ledger(plan.folder / LEDGER_FILE)
+    ledger.open_sweep(plan.config.name, {}, None, {}, fresh.attempt)
+    ledger.close()
+    assert [study.study_id for study in plan_of(file).studies] == [study.study_id for study in fresh.studies]
+
+
+def test_stopped_trainings_are_done_unless_halving_is_given_up(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    halved = plan_of(file, "halving={eta: 3}")
+    train(halved, 1, {8: "finished", 16: "open"})
+    ledger = Ledger(halved.folder / LEDGER_FILE)
+    with ledger.transaction() as session:
+        session.execute(update(TrainingRow).where(TrainingRow.state == "open").values(state="stopped"))
+    ledger.close()
+    again = plan_of(file, "halving={eta: 3}")
+    assert (work(again)[0], again.studies[0].stopped) == ((1, 0, 2), 1)
+    assert work(plan_of(file, "halving=null"))[0] == (1, 1, 2)
+
+
+def test_layers_that_share_a_budget_have_it_once(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, search={"sampler": "random", "trainings": 4, "space": RANGE})
+    shared = "search.layer_allocation=by_progress"
+    assert work(plan_of(file, shared)) == [(0, 0, 4), (0, 0, 4)]
+    train(plan_of(file, shared), 1, {8: "finished"})
+    assert work(plan_of(file, shared)) == [(1, 0, 4), (0, 0, 3)]
+
+
+def test_the_front_of_an_earlier_sweep_is_tried_first_and_a_missing_one_refused(tmp_path: Path) -> None:
+    search = {"sampler": "random", "trainings": 4, "space": RANGE}
+    file = write_sweep(tmp_path, search=search)
+    with pytest.raises(InputError, match="nowhere: no sweep is there"):
+        plan_of(file, "search.warm_start=nowhere")
+    assert not plan_of(file).folder.exists()
+    earlier = plan_of(file, "name=earlier")
+    train(earlier, 1, {8: "finished"})
+    ledger = Ledger(earlier.folder / LEDGER_FILE)
+    with ledger.transaction() as session:
+        session.execute(
+            insert(MetricRow).values(training_id=ledger.trainings()[0].training_id, name="kl_recovered", value=0.9)
+        )
+    ledger.close()
+    later = plan_of(file, "search.warm_start=earlier")
+    assert [[one["k"] for one in study.first] for study in later.studies] == [[8], [8]]

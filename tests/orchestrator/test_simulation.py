@@ -1,0 +1,75 @@
+"""Replays of the recorded trainings: what a policy may spend, how proposals snap, and that a replay repeats itself."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.ledger import Ledger
+from orchestrator.search.space import Range
+from orchestrator.simulation.policy import Policy
+from orchestrator.simulation.recorded import RecordedSweep, read_recorded_sweep
+from orchestrator.simulation.replay import distance, replay
+from tests.orchestrator.test_cli import orchestrate
+
+RECORD = Path(__file__).parents[2] / "benchmarks" / "search_table.sqlite.gz"
+
+
+@pytest.fixture(scope="module")
+def ledger_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("record") / "ledger.sqlite"
+    path.write_bytes(gzip.decompress(RECORD.read_bytes()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sweep(ledger_file: Path) -> RecordedSweep:
+    return read_recorded_sweep(Ledger.open_existing(ledger_file))
+
+
+def test_a_policy_that_trains_everything_ends_at_all_of_it(sweep: RecordedSweep) -> None:
+    curve = replay(sweep, Policy(sampler="random", halving=None))
+    assert curve[-1].tokens == sweep.tokens and curve[-1].share == pytest.approx(1.0)
+    shares = [point.share for point in curve]
+    assert shares == sorted(shares)
+    # two packs at a time in virtual time: half of what all packs took
+    recorded = sum(one.training.seconds for study in sweep.studies for one in study.trainings)
+    assert curve[-1].seconds == pytest.approx(recorded / 2, rel=0.1)
+
+
+def test_no_policy_spends_more_than_it_may_and_halving_spends_it_better(sweep: RecordedSweep) -> None:
+    fifth = sweep.tokens // 5
+    halved, plain = (replay(sweep, Policy(tokens=fifth, halving=halving)) for halving in ("auto", None))
+    assert max(halved[-1].tokens, plain[-1].tokens) <= fifth
+    assert halved[-1].share > plain[-1].share
+
+
+def test_a_replay_repeats_itself(sweep: RecordedSweep) -> None:
+    policy = Policy(tokens=sweep.tokens // 10, seed=7)
+    assert replay(sweep, policy) == replay(sweep, policy)
+
+
+def test_proposals_are_as_far_from_a_training_as_their_scales_say() -> None:
+    topk = {
+        "dictionary_size": Range(low=256, high=1024, log=True),
+        "activation": "topk",
+        "k": [4, 8],
+        "learning_rate": 1e-3,
+    }
+    point = {"dictionary_size": 256, "activation": "topk", "k": 4, "learning_rate": 1e-3, "seed": 0}
+    assert distance([topk], point, point) == 0
+    # one of the two doublings between both ends
+    assert distance([topk], point, point | {"dictionary_size": 512}) == pytest.approx(0.5)
+    assert distance([topk], point, point | {"activation": "batchtopk"}) == float("inf")
+
+
+def test_the_command_prints_the_curve(ledger_file: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("{tokens: 5_000_000, seed: 3}")
+    done = orchestrate("simulate", str(ledger_file), "--policy", str(policy), "--json", cwd=tmp_path)
+    record = json.loads(done.stdout)
+    assert done.returncode == 0 and record["trainings"] == 240 and record["hypervolume_share"]["0.1"][1] > 0.7
+    policy.write_text("{halving: {eta: 1}}")
+    refused = orchestrate("simulate", str(ledger_file), "--policy", str(policy), cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "") and "halving.eta" in refused.stderr

@@ -1,0 +1,53 @@
+"""One driver at a time, also on two machines, without comparing clocks."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from orchestrator import starts
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import StartRow
+from orchestrator.starts import Lease, seconds_of_earlier_starts
+from qkmodel.errors import InputError
+
+# by a clock that since went backwards
+LATER = datetime(2999, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def on_another_machine(ledger: Ledger) -> None:
+    with ledger.transaction() as session:
+        session.execute(update(StartRow).values(host="elsewhere"))
+
+
+def test_starts_are_numbered_and_one_that_ended_is_followed_at_once(ledger: Ledger) -> None:
+    for number in (1, 2):
+        lease = Lease(ledger, patience=60.0)
+        assert lease.start == number
+        lease.release()
+        on_another_machine(ledger)
+
+
+def test_a_living_driver_on_another_machine_is_not_driven_over(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "BEAT_SECONDS", 0.05)
+    living = Lease(ledger)
+    on_another_machine(ledger)
+    with pytest.raises(InputError, match="on elsewhere is at work on the sweep"):
+        Lease(ledger, patience=10.0)
+    living.release()
+
+
+def test_a_dead_driver_on_another_machine_is_followed_once_it_was_seen_to_stand_still(ledger: Ledger) -> None:
+    with ledger.transaction() as session:
+        session.add(StartRow(host="elsewhere", process=1, started=LATER, beat=30))
+    lease = Lease(ledger, patience=0.2)
+    assert lease.start == 2
+    # what it had cost is known by its own count
+    assert seconds_of_earlier_starts(ledger, lease.start) == 30 * starts.BEAT_SECONDS
+    lease.release()
