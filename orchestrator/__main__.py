@@ -1,31 +1,34 @@
-"""The process `orchestrate`: what interrupts it, and with which exit code it ends.
+"""The process `orchestrate`: what interrupts it, and with which exit code it ends."""
 
-The rest is imported in here, so that an interruption of these imports, which take seconds, is answered too.
-"""
-
+import os
 import signal
 import sys
 from types import FrameType
 
+INTERRUPTED = "interrupted; the same command continues where it was\n"
+SHOW_CURSOR = b"\x1b[?25h"
+
 
 def main() -> None:
-    stopped_by = signal.SIGINT
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        # not told apart by the exception: Tune catches it and raises another
-        nonlocal stopped_by
-        stopped_by = signal.SIGTERM
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
+    # An exception would not do: raised in an import, pydantic and others catch it and raise one of their own. All that
+    # is on disk stands a kill, and what runs Ray has handlers of its own (stopping.py).
+    signal.signal(signal.SIGINT, _end_at_once)
+    signal.signal(signal.SIGTERM, _end_at_once)
     try:
         from orchestrator.cli import run
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt as interruption:
-        sys.stderr.write("interrupted; the same command continues where it was\n")
-        code = 128 + next(iter(interruption.args), stopped_by)
+        sys.stderr.write(INTERRUPTED)
+        code = 128 + next(iter(interruption.args), signal.SIGINT)
     sys.exit(code)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    if os.isatty(2):
+        os.write(2, b"\n" + SHOW_CURSOR)
+    os.write(2, INTERRUPTED.encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":
