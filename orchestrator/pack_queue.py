@@ -100,6 +100,8 @@ class PackQueue:
         per_step = next((study.tokens_per_step for study in studies), 1)
         self._decisions = RungDecisions(ledger, settings.halving, per_step)
         self._running: dict[str, PackOrder] = {}
+        # of the members of running packs: what they had trained on when their pack began
+        self._tokens_before: dict[str, int] = {}
         self._packs_made = 0
         # once set, no pack is handed out any more, and those that end are not at fault
         self.stopping = False
@@ -138,6 +140,7 @@ class PackQueue:
         )
         for one in members:
             self._waiting.pop(one.training.training_id, None)
+            self._tokens_before[one.training.training_id] = self._ledger.training(one.training.training_id).tokens_done
             self._ledger.start(one.training.training_id, order.pack_id, group.study.machine)
         self._running[order.pack_id] = order
         return order
@@ -181,7 +184,9 @@ class PackQueue:
                 # asked to stop, or past a rung
                 self._ledger.reopen(training.training_id, training.failures)
                 continue
-            reason, failures = error or "its pack ended before it did", training.failures + 1
+            # whoever got further since the pack began will get further again
+            earlier = training.failures if training.tokens_done == self._tokens_before[training.training_id] else 0
+            reason, failures = error or "its pack ended before it did", earlier + 1
             if failures < MAX_FAILURES:
                 _log.warning("%s: %s; it is tried again", training.training_id, reason)
                 self._ledger.reopen(training.training_id, failures)

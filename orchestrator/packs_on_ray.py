@@ -1,10 +1,8 @@
-"""Runs a queue's packs on a Ray of its own, quietly, and notices when that Ray ends."""
+"""Runs a queue's packs on Ray, and notices when that Ray ends."""
 
 import contextlib
-import logging
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from ray import tune
 
 from orchestrator.pack_queue import PackQueue
 from orchestrator.plan import SweepPlan
-from orchestrator.plan_checks import machine_cpus, machine_gpus
+from orchestrator.ray_connection import Capacity, connected_ray
 from orchestrator.search.searcher import PackSearcher
 from orchestrator.stopping import Stopping
 from orchestrator.trainable import PackTrainable
@@ -23,7 +21,8 @@ from orchestrator.trainable import PackTrainable
 # below the sweep's folder: what a killed driver leaves there, the next start clears away
 SCRATCH_FOLDER = ".tune"
 CHECK_SECONDS = 2.0
-# Tune starts a trial only for a suggestion, so this bounds nothing; the searcher says when it is done.
+# Tune starts a trial only for a suggestion, so this bounds nothing; the searcher says when it can have one and when
+# it is done.
 UNLIMITED = 10**9
 # Tune's own files and handlers are of no use here: the ledger is the truth, and results are ours to write.
 _ENVIRONMENT = {
@@ -56,7 +55,7 @@ class _Watch(tune.Callback):
         self._next_check = time.monotonic() + CHECK_SECONDS
         self._stopping.check_budget()
         if not any(node["Alive"] for node in ray.nodes()):
-            raise RayStopped("Ray ended on this machine; the same command continues the sweep where it was")
+            raise RayStopped("Ray ended; the same command continues the sweep where it was")
 
     def __getstate__(self) -> dict[str, Any]:
         # Tuner pickles its callbacks when it is built; a database connection must not go along
@@ -72,13 +71,13 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
     os.environ |= _ENVIRONMENT
     resources = plan.config.resources.pack
     stopping = Stopping(queue, plan.folder, start)
-    with stopping.on_signals(), _scratch(plan.folder / SCRATCH_FOLDER) as scratch, _local_ray():
+    with stopping.on_signals(), _scratch(plan.folder / SCRATCH_FOLDER) as scratch, connected_ray():
         tuner = tune.Tuner(
             tune.with_resources(PackTrainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
             tune_config=tune.TuneConfig(
-                search_alg=PackSearcher(queue, capacity=lambda: plan.slots),
+                search_alg=PackSearcher(queue, capacity=Capacity(resources)),
                 num_samples=UNLIMITED,
-                max_concurrent_trials=plan.slots,
+                max_concurrent_trials=UNLIMITED,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -95,31 +94,6 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
     if stopping.signal is not None:
         raise KeyboardInterrupt(stopping.signal)
     return stopping.budget_line or queue.token_line
-
-
-@contextlib.contextmanager
-def _local_ray() -> Iterator[None]:
-    """Ray on this machine; what it has to say stays in its own logs, below /tmp/ray."""
-    # a dead worker is the queue's to report, in one line
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    on_termination = signal.getsignal(signal.SIGTERM)
-    # Ray prints what its node reports, a dead worker for example, whatever log_to_driver says
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        # "local": a cluster that happens to run on this machine is not ours to use
-        ray.init(
-            address="local",
-            num_cpus=machine_cpus(),
-            num_gpus=machine_gpus(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        # Ray's own handler ends in a C++ crash dump
-        signal.signal(signal.SIGTERM, on_termination)
-        try:
-            yield
-        finally:
-            ray.shutdown()
 
 
 @contextlib.contextmanager

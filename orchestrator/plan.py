@@ -13,6 +13,7 @@ from orchestrator.opening_token import AUTO, measurement_file, opening_token
 from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_pack
 from orchestrator.plan_checks import (
     CACHE_FOLDER,
+    check_cluster,
     check_model,
     check_resources,
     check_storage,
@@ -22,6 +23,7 @@ from orchestrator.plan_checks import (
 )
 from orchestrator.plan_figures import (
     halving_of,
+    packs_at_once,
     sampler_of,
     steps_per_training,
     storage_folder,
@@ -122,12 +124,7 @@ class SweepPlan:
     @property
     def slots(self) -> int:
         """Packs that this machine runs at once."""
-        pack = self.config.resources.pack
-        # 0.3 / 0.1 is a little less than 3
-        slots = math.floor(machine_cpus() / pack.cpu + 1e-9)
-        if pack.gpu > 0:
-            slots = min(slots, machine_gpus() * math.floor(1 / pack.gpu + 1e-9))
-        return max(1, slots)
+        return max(1, packs_at_once(machine_cpus(), machine_gpus(), self.config.resources.pack))
 
     @property
     def device(self) -> str:
@@ -226,6 +223,7 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
     check_model(config, model)
     check_resources(config)
     check_tracking(config.tracking)
+    check_cluster()
     corpus = describe_corpus(config.corpus)
     ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
     latest = ledger.attempt() if ledger is not None else None

@@ -1,6 +1,7 @@
 """What a sweep file asks of this machine, its storage, its packages and its model, and cannot have."""
 
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription
 
 CACHE_FOLDER = "activations"
+# set, it names the cluster that packs run on
+RAY_ADDRESS = "RAY_ADDRESS"
+ANSWER_SECONDS = 10.0
 RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts")
 
 
@@ -77,4 +81,21 @@ def check_tracking(tracking: str | None) -> None:
         raise InputError(
             f"tracking: {redact_url(tracking)} needs a database driver that is not installed ({reason}); "
             "install it, or write sqlite:///FILE.db or http://HOST:PORT"
+        ) from error
+
+
+def check_cluster() -> None:
+    """Refuses a `RAY_ADDRESS` at which nobody answers."""
+    address = os.environ.get(RAY_ADDRESS)
+    if not address:
+        return
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "/" in host:
+        raise InputError(f"{RAY_ADDRESS}: {address} is no HOST:PORT of a Ray head node; 6379 is the usual port")
+    try:
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"{RAY_ADDRESS}: no Ray head node answers at {address} ({error.strerror or error}); "
+            "start one, or unset the variable to train on this machine alone"
         ) from error

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from orchestrator.config import SweepConfig
+from orchestrator.config import PackResources, SweepConfig
 from orchestrator.search.config import resolve_halving
 from orchestrator.search.halving import Halving
 from orchestrator.search.samplers import resolve_auto
@@ -32,6 +32,15 @@ def halving_of(config: SweepConfig) -> Halving | None:
     """Where trainings may be stopped early; None where all are trained to their end."""
     trainings, steps = config.search.trainings, steps_per_training(config)
     return resolve_halving(config.halving, sampler_of(config), trainings, steps, tokens_per_step(config))
+
+
+def packs_at_once(cpus: float, gpus: float, pack: PackResources) -> int:
+    """How many packs one machine holds."""
+    # 0.3 / 0.1 is a little less than 3
+    packs = math.floor(cpus / pack.cpu + 1e-9)
+    if pack.gpu > 0:
+        packs = min(packs, math.floor(gpus) * math.floor(1 / pack.gpu + 1e-9))
+    return packs
 
 
 def sweep_folder(config: SweepConfig) -> Path:

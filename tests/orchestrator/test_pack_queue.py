@@ -24,7 +24,7 @@ from orchestrator.ledger_decisions import read_decisions
 from orchestrator.pack_order import MemberReport, PackOrder
 from orchestrator.pack_queue import MAX_FAILURES, PackQueue, QueueSettings, StudyWork, history
 from orchestrator.search.allocation import Allocation
-from orchestrator.search.halving import AtRung, Halving, survivors
+from orchestrator.search.halving import Halving
 from orchestrator.search.study import StudySearch
 from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
@@ -34,6 +34,7 @@ from qkmodel.member import Member
 from qkmodel.pack import CheckpointHeader, save_checkpoint
 from qkmodel.reference import LayerReference
 from qkmodel.tensor_file import write_tensor_file
+from tests.orchestrator.rung_checks import assert_explained
 from tests.qkmodel.layers import random_layer
 
 STEPS, TOKENS_PER_STEP = 8, 100
@@ -493,6 +494,19 @@ def test_failures_are_counted_over_all_starts(tmp_path: Path) -> None:
     assert start(tmp_path).ledger.training(grid_ids()[0]).failures == 0
 
 
+def test_a_training_that_gets_further_each_time_never_runs_out_of_attempts(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=4)
+    for steps in range(1, 1 + MAX_FAILURES):
+        order = take(driver)
+        driver.report(order, steps)
+        driver.queue.end(order.pack_id, "its worker died")
+        assert {one.failures for one in driver.ledger.trainings()} == {1}
+    for _ in range(1, MAX_FAILURES):
+        assert driver.ledger.training(grid_ids()[0]).state == "open"
+        driver.queue.end(take(driver).pack_id, "its worker died")
+    assert driver.ledger.training(grid_ids()[0]).state == "failed"
+
+
 def test_the_next_start_tries_failed_trainings_again_and_books_their_results(tmp_path: Path) -> None:
     driver = start(tmp_path, pack_size=4)
     order = take(driver)
@@ -595,16 +609,7 @@ def test_every_decision_is_explained_by_the_ledger(tmp_path: Path) -> None:
             reach(driver, order, kl)
     decisions = read_decisions(driver.ledger, "late")
     assert {one.training_id for one in decisions} == {one.training_id for one in driver.ledger.trainings()}
-    for number in {one.number for one in decisions}:
-        together = [one for one in decisions if one.number == number]
-        arrived = [one for one in decisions if one.number <= number and one.tokens == together[0].tokens]
-        expected = survivors(
-            {one.training_id for one in together},
-            [AtRung(one.training_id, *one.values, one.feasible) for one in arrived],
-            HALVING.eta,
-        )
-        assert {one.training_id for one in together if one.kept} == expected
-        assert {one.arrived for one in together} == {len(arrived)}
+    assert_explained(decisions, HALVING.eta)
     stopped = {one.training_id for one in decisions if not one.kept}
     assert stopped == {one.training_id for one in driver.ledger.trainings(state="stopped")}
 
@@ -799,6 +804,7 @@ class AnyOrder(RuleBasedStateMachine):
             reports = [progress(one, done, loss=0.5) for one in rest]
             for one in rest:
                 write_checkpoint(self.folder, one, done)
+                del self.deaths[one]
         self.driver.queue.record(order.pack_id, [given_up(one, done) for one in lost] + reports)
         self.running[order.pack_id] = (order, done)
         if done == STEPS or not rest:
@@ -849,7 +855,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.results = finished
 
     @invariant()
-    def nobody_is_tried_more_often_than_allowed(self) -> None:
+    def nobody_is_tried_more_often_than_allowed_without_getting_further(self) -> None:
         assert max(self.deaths.values(), default=0) <= MAX_FAILURES
 
 

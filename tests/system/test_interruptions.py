@@ -46,7 +46,7 @@ def test_interruptions_are_one_line_each_and_the_same_command_continues(sweep: S
         agent.kill()
         assert process.wait(timeout=120) == 1
         *before, last = (output / "err").read_text().splitlines()
-        assert last == "error: Ray ended on this machine; the same command continues the sweep where it was"
+        assert last == "error: Ray ended; the same command continues the sweep where it was"
         assert "Traceback" not in "".join(before)
         assert {training.state for training in sweep.trainings()} == {"open"}
 

@@ -1,0 +1,69 @@
+"""The Ray that packs run on: one of this process's own, or the cluster that `RAY_ADDRESS` names."""
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import ray
+
+from orchestrator.config import PackResources
+from orchestrator.plan_checks import RAY_ADDRESS, machine_cpus, machine_gpus
+from orchestrator.plan_figures import packs_at_once
+from qkmodel.errors import InputError
+
+CAPACITY_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def connected_ray() -> Iterator[None]:
+    """Ray for the block; what it has to say stays in its own logs, below /tmp/ray.
+
+    Raises InputError when the cluster at `RAY_ADDRESS` lets nobody in.
+    """
+    # a dead worker is the queue's to report, in one line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    on_termination = signal.getsignal(signal.SIGTERM)
+    # Ray prints what its nodes report, a dead worker for example, whatever log_to_driver says
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        _connect()
+        # Ray's own handler ends in a C++ crash dump
+        signal.signal(signal.SIGTERM, on_termination)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect() -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get(RAY_ADDRESS)
+    if not address:
+        # "local": a cluster that happens to run on this machine is not ours to use
+        ray.init(address="local", num_cpus=machine_cpus(), num_gpus=machine_gpus(), include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise InputError(f"{RAY_ADDRESS}: {address}: {str(error).splitlines()[0]}") from error
+
+
+class Capacity:
+    """How many packs the nodes that are alive can hold; nodes may come and go."""
+
+    def __init__(self, pack: PackResources) -> None:
+        self._pack = pack
+        self._packs = 1
+        self._asked = -math.inf
+
+    def __call__(self) -> int:
+        if time.monotonic() >= self._asked + CAPACITY_SECONDS:
+            self._asked = time.monotonic()
+            self._packs = sum(self._packs_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        return self._packs
+
+    def _packs_of(self, node: dict[str, float]) -> int:
+        return packs_at_once(node.get("CPU", 0), node.get("GPU", 0), self._pack)

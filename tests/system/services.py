@@ -1,0 +1,140 @@
+"""A Ray cluster of several nodes and an MLflow server on this machine, whose parts can be killed one by one."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+READY_SECONDS = 90
+
+
+def session_of(leader: int) -> Iterator[psutil.Process]:
+    """All processes of the session that `leader` leads or led."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader:
+                yield process
+
+
+def kill_session(leader: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    for process in session_of(leader.pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    leader.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class RayCluster:
+    """A head without CPUs and nodes of one CPU each, as `ray start` makes them on several machines."""
+
+    def __init__(self, nodes: int) -> None:
+        # Ray's socket paths must be short
+        self.folder = Path(tempfile.mkdtemp(prefix="rc"))
+        (self.folder / "ray").mkdir()
+        token = self.folder / "token"
+        token.touch(0o600)
+        token.write_text(secrets.token_hex(32))
+        self.address = f"127.0.0.1:{free_port()}"
+        own = {"RAY_TMPDIR": str(self.folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self._environment = os.environ | own
+        self.client_environment = own | {"RAY_ADDRESS": self.address}
+        port = self.address.rpartition(":")[2]
+        self._head = self._start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        for _ in range(nodes):
+            self.add_node()
+
+    def add_node(self) -> None:
+        self.nodes.append(self._start(f"--address={self.address}", "--num-cpus=1"))
+
+    def kill_node(self, index: int) -> None:
+        """As if the machine had lost its power."""
+        kill_session(self.nodes.pop(index))
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes in which packs train."""
+        found = []
+        for node in self.nodes:
+            for process in session_of(node.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if any("ray::ResourceTrainable" in word for word in process.cmdline()):
+                        found.append(process)
+        return found
+
+    def close(self) -> None:
+        for one in (*self.nodes, self._head):
+            kill_session(one)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Waited for: two nodes that start at once on one machine take each other's ports."""
+        options = ("--block", "--disable-usage-stats", "--object-store-memory=80000000")
+        log = self.folder / f"node-{len(list(self.folder.glob('node-*')))}"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [Path(sys.executable).with_name("ray"), "start", *arguments, *options],
+                env=self._environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + READY_SECONDS
+        while "--block" not in log.read_text():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.2)
+        return process
+
+
+class MlflowServer:
+    """`mlflow server` on an SQLite file, which outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+            *("--host", "127.0.0.1", "--port", str(self._port)),
+            *("--backend-store-uri", f"sqlite:///{self._folder}/server.db"),
+            *("--artifacts-destination", str(self._folder / "server-artifacts")),
+        ]
+        with (self._folder / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def kill(self) -> None:
+        kill_session(self._process)
