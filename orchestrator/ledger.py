@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from orchestrator.ledger_file import create_or_open, open_if_there
@@ -96,9 +97,15 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """One transaction: committed at the end of the block, rolled back on an exception."""
-        with Session(self._engine) as session, session.begin():
-            yield session
+        """One transaction: committed at the end of the block, rolled back on an exception.
+
+        Raises OSError when the database cannot be read or written now: a full disk, a folder that is gone.
+        """
+        try:
+            with Session(self._engine) as session, session.begin():
+                yield session
+        except OperationalError as error:
+            raise OSError(f"{self.path}: {error.orig}; once that is mended the same command continues") from error
 
     # -- the sweep and its studies
 

@@ -40,16 +40,19 @@ class RayStopped(Exception):
 
 
 class _Watch(tune.Callback):
-    """Looks around in Tune's loop: for used-up budgets, and for the end of Ray.
+    """Looks around in Tune's loop: for used-up budgets, storage that takes nothing any more, and the end of Ray.
 
-    Raises RayStopped once no node is left, where Tune would wait for one for ever.
+    Raises OSError for such storage, and RayStopped once no node is left, where Tune would wait for one for ever.
     """
 
-    def __init__(self, stopping: Stopping) -> None:
+    def __init__(self, stopping: Stopping, searcher: PackSearcher) -> None:
         self._stopping = stopping
+        self._searcher = searcher
         self._next_check = 0.0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._searcher.halted is not None:
+            raise self._searcher.halted
         if time.monotonic() < self._next_check:
             return
         self._next_check = time.monotonic() + CHECK_SECONDS
@@ -66,16 +69,17 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
     """Trains until the queue is empty, or a budget is used up: then the answer says which one.
 
     SIGINT and SIGTERM have packs write checkpoints and end, and then raise KeyboardInterrupt; a second one ends the
-    process at once. Raises RayStopped.
+    process at once. Raises RayStopped, and OSError when storage or ledger take nothing any more.
     """
     os.environ |= _ENVIRONMENT
     resources = plan.config.resources.pack
     stopping = Stopping(queue, plan.folder, start)
+    searcher = PackSearcher(queue, capacity=Capacity(resources))
     with stopping.on_signals(), _scratch(plan.folder / SCRATCH_FOLDER) as scratch, connected_ray():
         tuner = tune.Tuner(
             tune.with_resources(PackTrainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
             tune_config=tune.TuneConfig(
-                search_alg=PackSearcher(queue, capacity=Capacity(resources)),
+                search_alg=searcher,
                 num_samples=UNLIMITED,
                 max_concurrent_trials=UNLIMITED,
                 reuse_actors=True,
@@ -87,7 +91,7 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
                 verbose=0,
                 # one recovery path: the queue's, from the ledger and our own checkpoints
                 failure_config=tune.FailureConfig(max_failures=0),
-                callbacks=[_Watch(stopping)],
+                callbacks=[_Watch(stopping, searcher)],
             ),
         )
         tuner.fit()

@@ -12,7 +12,6 @@ import time
 from datetime import UTC, datetime
 
 from sqlalchemy import select, update
-from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import StartRow
@@ -44,7 +43,7 @@ class Lease:
         while not self._released.wait(BEAT_SECONDS):
             try:
                 _update(self._ledger, self.start, beat=StartRow.beat + 1)
-            except SQLAlchemyError:
+            except OSError:
                 # a full disk or a database that is away: the next beat may get through
                 continue
 

@@ -151,9 +151,11 @@ def _run_leased(
             budget_line = train_packs(plan, queue, start)
         ended = "FINISHED"
     finally:
-        # Ray is down and its workers with it
-        ledger.reopen_running()
-        tracking_error = tracking.stop(ended)
+        try:
+            # Ray is down and its workers with it
+            ledger.reopen_running()
+        finally:
+            tracking_error = tracking.stop(ended)
     wanted = {identifier for work in works for identifier in work.wanted}
     states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)
     failed = states["failed"] + plan.diverged

@@ -1,5 +1,6 @@
 """The Ray Tune trainable that owns one pack, from its first batch to its members' dictionaries."""
 
+import errno
 import logging
 import math
 import time
@@ -94,7 +95,12 @@ class PackTrainable(tune.Trainable):
         except Exception as error:  # noqa: BLE001
             _log.exception("pack %s", self._order.pack_id)
             reason = str(error).strip().splitlines() or ["no message"]
-            return {"reports": [], "error": f"{type(error).__name__}: {reason[0]}", "done": True}
+            return {
+                "reports": [],
+                "error": f"{type(error).__name__}: {reason[0]}",
+                "storage_error": error.strerror if self._is_of_storage(error) else None,
+                "done": True,
+            }
 
     def _train_and_report(self) -> dict[str, Any]:
         started = time.monotonic()
@@ -117,6 +123,11 @@ class PackTrainable(tune.Trainable):
             "error": None,
             "done": self._trainer.steps_done >= self._order.last_step or not self._trainer.members,
         }
+
+    def _is_of_storage(self, error: Exception) -> bool:
+        """Whether the sweep's folder is gone or can take nothing at present, which is no training's fault."""
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        return isinstance(error, OSError) and (error.errno in full or not self._order.sweep_folder.is_dir())
 
     @property
     def _permit(self) -> Permit:

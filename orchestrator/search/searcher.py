@@ -1,12 +1,15 @@
 """The adapter between Ray Tune and the pack queue: a trial is a pack."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray.tune.search import Searcher
 
 from orchestrator.pack_order import MemberReport
 from orchestrator.pack_queue import PackQueue
+
+MENDED = "once that is mended the same command continues"
 
 
 class PackSearcher(Searcher):
@@ -21,10 +24,17 @@ class PackSearcher(Searcher):
         self._queue = queue
         self._capacity = capacity
         self._pack_of: dict[str, str] = {}
+        # why the sweep cannot go on: Tune would take what its methods raise for a failure of the trial
+        self.halted: OSError | None = None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if len(self._pack_of) >= self._capacity():
+        if self.halted is not None or len(self._pack_of) >= self._capacity():
             return None
+        with self._halting():
+            return self._next_pack(trial_id)
+        return None
+
+    def _next_pack(self, trial_id: str) -> dict[str, Any] | str | None:
         order = self._queue.next_pack()
         if order is None:
             return None
@@ -35,7 +45,8 @@ class PackSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         reports = [MemberReport.model_validate(report) for report in result["reports"]]
-        self._queue.record(self._pack_of[trial_id], reports)
+        with self._halting():
+            self._queue.record(self._pack_of[trial_id], reports)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         # Tune hands a finished trial's last result to this method only
@@ -43,7 +54,22 @@ class PackSearcher(Searcher):
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
             reason = result.get("error")
-        self._queue.end(self._pack_of.pop(trial_id), reason)
+            if result.get("storage_error") is not None:
+                self._halt(OSError(f"the sweep's folder: {result['storage_error']}; {MENDED}"))
+        pack_id = self._pack_of.pop(trial_id)
+        with self._halting():
+            self._queue.end(pack_id, None if self.halted is not None else reason)
+
+    @contextlib.contextmanager
+    def _halting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._halt(error)
+
+    def _halt(self, error: OSError) -> None:
+        self._queue.stopping = True
+        self.halted = self.halted or error
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Tells Tune that this searcher limits itself."""

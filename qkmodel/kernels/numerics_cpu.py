@@ -22,6 +22,18 @@ def kernel(function: Any) -> Any:
     return njit(function, nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
 
 
+def inlined(function: Any) -> Any:
+    """Compiles a part of kernels, always into its caller.
+
+    Called instead, it would stand in the process twice where the caller was compiled rather than read from disk: once
+    by itself and once optimised with the caller, and the two may round differently.
+    """
+    return njit(function, nogil=True, fastmath=FAST_MATH, error_model="numpy", forceinline=True)
+
+
+_INLINED = {"forceinline": True}
+
+
 def as_array(tensor: Tensor) -> np.ndarray:
     """The same memory as a NumPy array; bfloat16 becomes int16."""
     tensor = tensor.detach()
@@ -48,7 +60,7 @@ def number(stored):
     """A stored element as a number. Like the two below, exists inside compiled code only."""
 
 
-@overload(number)
+@overload(number, jit_options=_INLINED)
 def _number(stored):
     if isinstance(stored, types.Integer):
         return lambda stored: _float_of(np.int32(stored) << np.int32(16))
@@ -59,7 +71,7 @@ def store(array, row, column, value):
     """Writes a number, rounded to nearest even where the array is bfloat16."""
 
 
-@overload(store)
+@overload(store, jit_options=_INLINED)
 def _store(array, row, column, value):
     if isinstance(array.dtype, types.Integer):
 
@@ -80,7 +92,7 @@ def exponential(x):
     """exp(x) for x ≤ 0; in float32 to 2e-7 relative, and 0 below −87."""
 
 
-@overload(exponential)
+@overload(exponential, jit_options=_INLINED)
 def _exponential(x):
     if x == types.float64:
         return lambda x: np.exp(x)

@@ -6,7 +6,7 @@ Works on score differences, as `pattern_kl_cpu` does: log p̂ = log p + Δs − 
 import numpy as np
 import torch
 
-from qkmodel.kernels.numerics_cpu import as_array, exponential, kernel
+from qkmodel.kernels.numerics_cpu import as_array, exponential, inlined, kernel
 from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_cpu import (
     Keys,
@@ -93,7 +93,7 @@ def _add_block(by_query, by_key, by_both, log_p, raw, soft_cap, origin, heads, k
             top1_and_error[1] += error
 
 
-@kernel
+@inlined
 def _row_kl(delta, first_hat, scores):
     """KL(p ‖ p̂) of a row and of its columns without the first, renormalised; the two are equal if none is apart.
 
@@ -123,7 +123,7 @@ def _row_kl(delta, first_hat, scores):
     return log_all_hat - log_all - mean, rest_kl, largest_hat, log_all_hat
 
 
-@kernel
+@inlined
 def _maximum(values):
     largest = values.dtype.type(-np.inf)
     for j in range(values.size):
@@ -131,7 +131,7 @@ def _maximum(values):
     return largest
 
 
-@kernel
+@inlined
 def _exponentials(values):
     """Turns values ≤ 0 into their exponentials and returns the sum."""
     total = values.dtype.type(0.0)
@@ -141,13 +141,13 @@ def _exponentials(values):
     return total
 
 
-@kernel
+@inlined
 def _log_add(a, b):
     """log(exp(a) + exp(b))"""
     return max(a, b) + np.log1p(np.exp(min(a, b) - max(a, b)))
 
 
-@kernel
+@inlined
 def _same_largest(delta, log_truth):
     """Whether p̂ is largest where p is (at the first such column, if p has several)."""
     largest = _maximum(log_truth)
@@ -160,7 +160,7 @@ def _same_largest(delta, log_truth):
     return np.int64(log_truth[best] + delta[best] == largest_hat)
 
 
-@kernel
+@inlined
 def _largest_error(weights, scale, weights_hat, scale_hat):
     """max |scale · weights − scale_hat · weights_hat|"""
     scale, scale_hat = weights.dtype.type(scale), weights.dtype.type(scale_hat)

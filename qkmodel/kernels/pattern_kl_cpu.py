@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
-from qkmodel.kernels.numerics_cpu import as_array, exponential, kernel, number, store
+from qkmodel.kernels.numerics_cpu import as_array, exponential, inlined, kernel, number, store
 from qkmodel.kernels.rotary_cpu import prepare, restore
 
 FULL_WEIGHT = 3.0
@@ -214,7 +214,7 @@ def _softmax_gradients(by_query, by_key, by_both, log_p, p, raw, soft_cap, sums,
                 store(for_k[pair], 2 * row + 1, j, key[j])
 
 
-@kernel
+@inlined
 def _add_log_truth(delta, truth, log_truth):
     """Turns Δs into Δs + log p and returns Σ p·Δs."""
     mean = delta.dtype.type(0.0)
@@ -224,7 +224,7 @@ def _add_log_truth(delta, truth, log_truth):
     return mean
 
 
-@kernel
+@inlined
 def _exponentials(scores, largest):
     """Turns scores into exp(score − largest) and returns their sum."""
     total = scores.dtype.type(0.0)
@@ -234,7 +234,7 @@ def _exponentials(scores, largest):
     return total
 
 
-@kernel
+@inlined
 def _gradients(exponentials, scale, truth, weight, capped, slope):
     """Turns exponentials into weight · (p̂ − p), times the soft-cap's slope if there is one."""
     for j in range(exponentials.size):
@@ -244,7 +244,7 @@ def _gradients(exponentials, scale, truth, weight, capped, slope):
             exponentials[j] *= slope[j]
 
 
-@kernel
+@inlined
 def soft_cap_differences(delta, raw, soft_cap, slope):
     """Turns differences of raw scores into differences of soft-capped ones; `slope` is the cap's at ŝ."""
     for j in range(delta.size):

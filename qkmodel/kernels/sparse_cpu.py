@@ -9,7 +9,7 @@ A `code` is (starts, features, values): token t activates `features[starts[t]:st
 
 import numpy as np
 
-from qkmodel.kernels.numerics_cpu import kernel
+from qkmodel.kernels.numerics_cpu import inlined, kernel
 
 
 @kernel
@@ -57,7 +57,7 @@ def choose_positive(bits, starts, features):
         starts[token + 1], _ = _keep(bits[token], bits.dtype.type(1), bits.shape[1], starts[token], features)
 
 
-@kernel
+@inlined
 def _keep(bits, threshold, spare, place, features):
     """Writes the features above `threshold`, and at most `spare` equal to it, from `place` on.
 
@@ -74,7 +74,7 @@ def _keep(bits, threshold, spare, place, features):
     return place, spare
 
 
-@kernel
+@inlined
 def _kth_largest(bits, k, context):
     """The k-th largest element, or 1 if fewer are positive: by halving the interval that it lies in."""
     low, high = np.int64(1), np.int64(np.iinfo(bits.dtype).max)
@@ -87,7 +87,7 @@ def _kth_largest(bits, k, context):
     return bits.dtype.type(low)
 
 
-@kernel
+@inlined
 def _count_from(bits, threshold, context):
     """Elements from `threshold` on, without those of every `context`-th row (context 0: of all rows)."""
     total = 0

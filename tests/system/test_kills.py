@@ -58,7 +58,7 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        return self.file.parent / "runs" / "kills"
+        return Path(OmegaConf.load(self.file).storage) / "kills"
 
     def start(self) -> subprocess.Popen[bytes]:
         with (self.file.parent / "log").open("a") as log:
