@@ -31,6 +31,7 @@ from orchestrator.plan_figures import (
     tokens_per_training,
 )
 from orchestrator.search.halving import Halving
+from orchestrator.study_changes import change_lines
 from orchestrator.study_plan import StudyPlan, make_study_plan, share_budget
 from qkmodel.activations import (
     SPLITS,
@@ -57,6 +58,7 @@ class SweepPlan:
 
     `bos` is the token that opens sequences, None for none, "auto" until it has been measured. `attempt` counts how
     often everything was begun afresh, and `fresh` says that this plan does so. `tokens_spent` by all trainings so far.
+    `change_lines` say why studies are new.
     """
 
     config: SweepConfig
@@ -67,6 +69,7 @@ class SweepPlan:
     attempt: int
     fresh: bool
     tokens_spent: int
+    change_lines: list[str]
 
     @property
     def folder(self) -> Path:
@@ -251,11 +254,12 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
         studies.append(make_study_plan(config, identifier, layer, identity, trainings))
     if config.search.layer_allocation == "by_progress":
         studies = share_budget(config, studies)
-    tokens_spent = 0
+    tokens_spent, changes = 0, []
     if ledger is not None:
+        changes = change_lines(ledger.studies(), studies, config.task)
         tokens_spent = ledger.spent([study.study_id for study in studies]).tokens
         ledger.close()
-    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent)
+    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes)
     if plan.trainings_left:
         check_memory(config, model, plan.pack_size)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:

@@ -37,6 +37,7 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
         lines.append("a data set on the hub is read at the start: if it is shorter than that, the cache is smaller")
     if estimate.streamed:
         lines.append("training activations would take more than that: every pack computes its own as it goes")
+    lines += plan.change_lines
     if plan.lost_line is not None:
         lines.append(plan.lost_line)
     if plan.trainings_left == 0:

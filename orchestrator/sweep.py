@@ -81,6 +81,8 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
             held.enter_context(_only_driver(plan.folder))
             # the process before this one may have ended just now
             plan = make_plan(plan.config, fresh=plan.fresh)
+        for line in plan.change_lines:
+            view.say(line)
         if plan.lost_line is not None:
             view.say(plan.lost_line)
         checked = check_plan(plan, view.say)
