@@ -11,8 +11,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from orchestrator.pareto import front
-
 # Of the rungs tried in replays of benchmarks/search_table.sqlite.gz, those that were ahead at a fifth of its tokens.
 DEFAULT_SHARES = (1 / 18, 1 / 6, 1 / 3)
 
@@ -65,20 +63,30 @@ def ranking(arrived: Sequence[AtRung]) -> list[AtRung]:
     ranked = []
     for feasible in (True, False):
         group = [one for one in finite if one.feasible == feasible]
+        places = _places(group)
         for members in fronts(group):
-            distance = crowding(members, group)
+            distance = _crowding(members, places)
             ranked += sorted(members, key=lambda one: (-distance[one.training_id], one.training_id))
     return ranked + [one for one in ordered if not one.is_finite]
 
 
 def fronts(trainings: Sequence[AtRung]) -> list[list[AtRung]]:
-    """The front, then the front of what is left, and so on."""
-    left, found = list(trainings), []
-    while left:
-        chosen = set(front([(one.l0, one.kl) for one in left]))
-        found.append([left[index] for index in sorted(chosen)])
-        left = [one for index, one in enumerate(left) if index not in chosen]
+    """The front, then the front of what is left, and so on, by ascending l0. All values are finite.
+
+    Jensen's sweep for two objectives (2003), n log n: in ascending order of l0, a training belongs to the first front
+    whose latest member does not dominate it, and the latest members' kl ascend from front to front.
+    """
+    found: list[list[AtRung]] = []
+    for one in sorted(trainings, key=lambda one: (one.l0, one.kl)):
+        at = bisect_left(found, True, key=lambda members: not _dominates(members[-1], one))
+        if at == len(found):
+            found.append([])
+        found[at].append(one)
     return found
+
+
+def _dominates(one: AtRung, other: AtRung) -> bool:
+    return one.l0 <= other.l0 and one.kl <= other.kl and (one.l0, one.kl) != (other.l0, other.kl)
 
 
 def crowding(members: Sequence[AtRung], group: Sequence[AtRung]) -> dict[str, float]:
@@ -86,13 +94,28 @@ def crowding(members: Sequence[AtRung], group: Sequence[AtRung]) -> dict[str, fl
 
     Infinite at the ends. Distances are between ranks within the whole `group`, so that no objective's scale matters.
     """
+    return _crowding(members, _places(group))
+
+
+# training id -> the ranks of its kl and its l0 among the different values of a group
+_Places = dict[str, tuple[int, int]]
+
+
+def _places(group: Sequence[AtRung]) -> _Places:
+    kl, l0 = ({value: place for place, value in enumerate(sorted(set(values)))} for values in _columns(group))
+    return {one.training_id: (kl[one.kl], l0[one.l0]) for one in group}
+
+
+def _columns(group: Sequence[AtRung]) -> tuple[list[float], list[float]]:
+    return [one.kl for one in group], [one.l0 for one in group]
+
+
+def _crowding(members: Sequence[AtRung], places: _Places) -> dict[str, float]:
     distance = dict.fromkeys((one.training_id for one in members), 0.0)
-    for objective in ("kl", "l0"):
-        levels = sorted({getattr(one, objective) for one in group})
-        places = {one.training_id: bisect_left(levels, getattr(one, objective)) for one in members}
-        line = sorted(set(places.values()))
-        for training_id, place in places.items():
-            at = bisect_left(line, place)
+    for objective in (0, 1):
+        line = sorted({places[training_id][objective] for training_id in distance})
+        for training_id in distance:
+            at = bisect_left(line, places[training_id][objective])
             at_the_end = at in (0, len(line) - 1)
             distance[training_id] += math.inf if at_the_end else line[at + 1] - line[at - 1]
     return distance
