@@ -7,6 +7,7 @@ repeated.
 """
 
 import math
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Ledger:
         """
         self.path = path
         self._engine = create_or_open(path)
+        self._begun = threading.local()
 
     @classmethod
     def open_if_there(cls, path: Path) -> Self | None:
@@ -73,6 +75,7 @@ class Ledger:
         ledger = cls.__new__(cls)
         ledger.path = path
         ledger._engine = engine
+        ledger._begun = threading.local()
         return ledger
 
     @classmethod
@@ -96,9 +99,19 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """One transaction: committed at the end of the block, rolled back on an exception."""
-        with Session(self._engine) as session, session.begin():
+        """One transaction: committed at the end of the block, rolled back on an exception.
+
+        Within the block, what this thread asks of the ledger and writes to it is part of the transaction.
+        """
+        if (session := getattr(self._begun, "session", None)) is not None:
             yield session
+            return
+        with Session(self._engine) as session, session.begin():
+            self._begun.session = session
+            try:
+                yield session
+            finally:
+                self._begun.session = None
 
     # -- the sweep and its studies
 
@@ -330,7 +343,7 @@ class Ledger:
         if study_id is not None:
             statement = statement.where(TrainingRow.study_id == study_id)
         with self.transaction() as session:
-            found = dict(session.execute(statement).tuples().all())
+            found = {state: count for state, count in session.execute(statement)}
         return {state: found.get(state, 0) for state in STATES}
 
     def spent(self, studies: Collection[str]) -> Spent:
@@ -350,8 +363,8 @@ class Ledger:
         """run id -> item -> value, as noted by `note_delivered`."""
         notes: dict[str, dict[str, str]] = {}
         with self.transaction() as session:
-            for row in session.scalars(select(DeliveryRow)):
-                notes.setdefault(row.run_id, {})[row.item] = row.value
+            for run_id, item, value in session.execute(select(DeliveryRow.run_id, DeliveryRow.item, DeliveryRow.value)):
+                notes.setdefault(run_id, {})[item] = value
         return notes
 
     def note_delivered(self, run_id: str, item: str, value: str) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from orchestrator.pareto import front
+
 # Of the rungs tried in replays of benchmarks/search_table.sqlite.gz, those that were ahead at a fifth of its tokens.
 DEFAULT_SHARES = (1 / 18, 1 / 6, 1 / 3)
 
@@ -43,21 +45,23 @@ class AtRung:
         return math.isfinite(self.kl) and math.isfinite(self.l0)
 
 
-def survivors(asking: Collection[str], arrived: Sequence[AtRung], eta: float) -> set[str]:
-    """Which of the trainings `asking` go on, given all that `arrived` at the rung so far, these included.
+def survivors(asking: Collection[str], ranked: Sequence[AtRung], eta: float) -> set[str]:
+    """Which of the trainings `asking` go on, given the `ranking` of all that arrived at the rung, these included.
 
     The best ⌈n/η⌉ of the n that arrived, and the whole feasible front: another l0 is no worse an answer, and without
-    them fronts end up with holes. The answer does not depend on the order of `arrived`. A training whose numbers are
-    not finite never goes on.
+    them fronts end up with holes. A training whose numbers are not finite never goes on.
     """
-    ranked = [one for one in ranking(arrived) if one.is_finite]
-    layers = fronts([one for one in ranked if one.feasible])
-    kept = max(math.ceil(len(arrived) / eta), len(layers[0]) if layers else 0)
-    return {one.training_id for one in ranked[:kept]} & set(asking)
+    finite = [one for one in ranked if one.is_finite]
+    on_front = front([(one.l0, one.kl) for one in finite if one.feasible])
+    kept = max(math.ceil(len(ranked) / eta), len(on_front))
+    return {one.training_id for one in finite[:kept]} & set(asking)
 
 
 def ranking(arrived: Sequence[AtRung]) -> list[AtRung]:
-    """Best first: feasible before infeasible before not finite; within those front after front, the lonely first."""
+    """Best first: feasible before infeasible before not finite; within those front after front, the lonely first.
+
+    The answer does not depend on the order of `arrived`.
+    """
     ordered = sorted(arrived, key=lambda one: one.training_id)
     finite = [one for one in ordered if one.is_finite]
     ranked = []

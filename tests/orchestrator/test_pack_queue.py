@@ -24,7 +24,7 @@ from orchestrator.ledger_decisions import read_decisions
 from orchestrator.pack_order import MemberReport, PackOrder
 from orchestrator.pack_queue import MAX_FAILURES, PackQueue, QueueSettings, StudyWork, history
 from orchestrator.search.allocation import Allocation
-from orchestrator.search.halving import AtRung, Halving, survivors
+from orchestrator.search.halving import AtRung, Halving, ranking, survivors
 from orchestrator.search.study import StudySearch
 from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
@@ -86,6 +86,7 @@ def start(
     works = []
     for study in studies:
         ledger.open_study(study, "transcoder", LAYERS[study], {}, model="m", corpus="c")
+        ledger.set_reference(study, {"kl_baseline": 2.0, "l0_cap": 64.0})
         recorded = ledger.trainings(study)
         wanted = {training.training_id for training in recorded if is_wanted(training)}
         search = StudySearch([space], sampler, trainings, 0, history(ledger, study, wanted))
@@ -600,7 +601,7 @@ def test_every_decision_is_explained_by_the_ledger(tmp_path: Path) -> None:
         arrived = [one for one in decisions if one.number <= number and one.tokens == together[0].tokens]
         expected = survivors(
             {one.training_id for one in together},
-            [AtRung(one.training_id, *one.values, one.feasible) for one in arrived],
+            ranking([AtRung(one.training_id, *one.values, one.feasible) for one in arrived]),
             HALVING.eta,
         )
         assert {one.training_id for one in together if one.kept} == expected
@@ -711,8 +712,6 @@ def test_layers_share_a_budget_and_the_one_that_still_moves_gets_more(tmp_path: 
         allocation="by_progress",
         shared_trainings=16,
     )
-    for study in ("early", "late"):
-        driver.ledger.set_reference(study, {"kl_baseline": 2.0, "l0_cap": 64.0})
     begun: Counter[str] = Counter()
     while (order := driver.queue.next_pack()) != "finished":
         (one,) = ids(order)
