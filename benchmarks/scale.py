@@ -98,7 +98,6 @@ CASES = {
     # one kind: NSGA-II from 1,000 trainings
     "nsga2-16": Case("auto", 16, alternatives=1),
     "progress-16": Case("random", 16, layers=2, allocation="by_progress"),
-    "grid-16-mlflow": Case("grid", 16, tracked=True),
     "random-16-mlflow": Case("random", 16, tracked=True),
 }
 PLAIN = {"plain-8": REPORTS, "plain-1": 1}
