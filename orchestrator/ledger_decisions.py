@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import insert, select, update
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Decision, DecisionRow, TrainingRow
+from orchestrator.ledger_tables import Decision, DecisionRow, TrainingRow, finite_or_none
 
 
 def record_decision(ledger: Ledger, decisions: Sequence[Decision]) -> None:
@@ -35,7 +35,7 @@ _PLAIN = ("training_id", "tokens", "number", "family", "feasible", "rank", "arri
 
 
 def _columns(one: Decision) -> dict[str, Any]:
-    (kl, l0), (expected_kl, expected_l0) = map(_finite, one.values), one.expected or (None, None)
+    (kl, l0), (expected_kl, expected_l0) = map(finite_or_none, one.values), one.expected or (None, None)
     plain = {name: getattr(one, name) for name in _PLAIN}
     return {"kl": kl, "l0": l0, "expected_kl": expected_kl, "expected_l0": expected_l0, **plain}
 
@@ -46,7 +46,3 @@ def _decision(row: DecisionRow) -> Decision:
     if row.expected_kl is not None and row.expected_l0 is not None:
         expected = (row.expected_kl, row.expected_l0)
     return Decision(**{name: getattr(row, name) for name in _PLAIN}, values=values, expected=expected)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,5 +1,6 @@
 """What the ledger's tables hold, and the records that callers get of them."""
 
+import math
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
@@ -275,6 +276,11 @@ class DeliveryRow(Table):
     run_id: Mapped[str] = mapped_column(primary_key=True)
     item: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[str]
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """What SQLite would not give back as it was is kept as None."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def own_fields(row: Table, kind: type) -> dict[str, Any]:
