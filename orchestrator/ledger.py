@@ -6,20 +6,16 @@ wins, and whatever a late or repeated event says about a finished training chang
 repeated.
 """
 
-import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from orchestrator.ledger_file import create_or_open, open_if_there
+from orchestrator.ledger_studies import StudyRecords
 from orchestrator.ledger_tables import (
     STATES,
     DeliveryRow,
@@ -27,16 +23,12 @@ from orchestrator.ledger_tables import (
     Report,
     ReportRow,
     State,
-    Study,
-    StudyRow,
-    SweepRecord,
-    SweepRow,
     Training,
     TrainingRow,
+    finite_or_none,
     own_fields,
     read_trainings,
 )
-from qkmodel.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -48,146 +40,8 @@ class Spent:
     seconds: float
 
 
-class Ledger:
-    """Safe to share between threads; processes may read while one writes.
-
-    Methods that take a `training_id` raise KeyError when the ledger holds no such training.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open the ledger at `path`, creating the file and its folder where missing.
-
-        Raises InputError when the file is not a ledger that this version can read.
-        """
-        self.path = path
-        self._engine = create_or_open(path)
-
-    @classmethod
-    def open_if_there(cls, path: Path) -> Self | None:
-        """The ledger at `path`, None where no sweep was started yet. Creates nothing.
-
-        Raises InputError when the file is not a ledger that this version can read.
-        """
-        engine = open_if_there(path)
-        if engine is None:
-            return None
-        ledger = cls.__new__(cls)
-        ledger.path = path
-        ledger._engine = engine
-        return ledger
-
-    @classmethod
-    def open_existing(cls, path: Path) -> Self:
-        """The ledger of a sweep that was started. Creates nothing.
-
-        Raises InputError when there is none, or not one that this version can read.
-        """
-        ledger = cls.open_if_there(path)
-        if ledger is None:
-            raise InputError(f"no sweep here: {path} is not there or empty; give a sweep that was started")
-        return ledger
-
-    @property
-    def folder(self) -> Path:
-        """The sweep's folder, to which the paths of dictionaries are relative."""
-        return self.path.parent
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    @contextmanager
-    def transaction(self) -> Iterator[Session]:
-        """One transaction: committed at the end of the block, rolled back on an exception.
-
-        Raises OSError when the database cannot be read or written now: a full disk, a folder that is gone.
-        """
-        try:
-            with Session(self._engine) as session, session.begin():
-                yield session
-        except OperationalError as error:
-            raise OSError(f"{self.path}: {error.orig}; once that is mended the same command continues") from error
-
-    # -- the sweep and its studies
-
-    def open_sweep(
-        self, name: str, config: Mapping[str, Any], git_sha: str | None, versions: Mapping[str, str], attempt: int = 0
-    ) -> SweepRecord:
-        """Record the sweep, or that it was started again with a perhaps changed configuration.
-
-        `attempt` counts how often everything was begun afresh.
-
-        Raises InputError when the ledger belongs to a sweep of another name.
-        """
-        facts = {"config": dict(config), "git_sha": git_sha, "versions": dict(versions), "attempt": attempt}
-        with self.transaction() as session:
-            statement = insert(SweepRow).values(sweep=1, name=name, created=_now(), **facts)
-            session.execute(statement.on_conflict_do_update(index_elements=["sweep"], set_=facts))
-            row = session.get_one(SweepRow, 1)
-            if row.name != name:
-                raise InputError(f"{self.path} belongs to sweep {row.name!r}, not {name!r}: use another folder")
-            return SweepRecord(**own_fields(row, SweepRecord))
-
-    def attempt(self) -> int | None:
-        """How often everything was begun afresh; None when no sweep was recorded yet."""
-        with self.transaction() as session:
-            return session.scalar(select(SweepRow.attempt))
-
-    def sweep(self) -> SweepRecord:
-        """Raises InputError when no sweep was recorded yet."""
-        with self.transaction() as session:
-            row = session.get(SweepRow, 1)
-            if row is None:
-                raise InputError(f"no sweep here: {self.path} is empty; start the sweep first")
-            return SweepRecord(**own_fields(row, SweepRecord))
-
-    def open_study(
-        self, study_id: str, task: str, layer: int, identity: Mapping[str, Any], *, model: str, corpus: str
-    ) -> Study:
-        """Record a study, or return the one that is there."""
-        with self.transaction() as session:
-            statement = insert(StudyRow).values(
-                study_id=study_id,
-                task=task,
-                layer=layer,
-                model=model,
-                corpus=corpus,
-                identity=dict(identity),
-                reference={},
-                created=_now(),
-            )
-            session.execute(statement.on_conflict_do_nothing())
-            return Study(**own_fields(session.get_one(StudyRow, study_id), Study))
-
-    def set_constraints(self, study_id: str, constraints: Mapping[str, tuple[float | None, float | None]]) -> None:
-        """Record what a point of the study's front has to meet beyond the feasible box."""
-        statement = update(StudyRow).where(StudyRow.study_id == study_id).values(constraints=dict(constraints))
-        with self.transaction() as session:
-            session.execute(statement)
-
-    def set_current(self, tokens_planned: Mapping[str, int]) -> None:
-        """Record which studies this start of the sweep asks for, and the tokens that each comes to when it is done."""
-        with self.transaction() as session:
-            session.execute(update(StudyRow).values(tokens_planned=None))
-            for study_id, tokens in tokens_planned.items():
-                session.execute(update(StudyRow).where(StudyRow.study_id == study_id).values(tokens_planned=tokens))
-
-    def set_reference(self, study_id: str, reference: Mapping[str, float | None]) -> None:
-        """Record what the study's trainings are measured against: kl_baseline, ce_clean, …
-
-        Raises KeyError for an unknown study.
-        """
-        values = {name: _finite(value) for name, value in reference.items()}
-        statement = update(StudyRow).where(StudyRow.study_id == study_id).values(reference=values)
-        with self.transaction() as session:
-            if session.execute(statement).rowcount == 0:
-                raise KeyError(study_id)
-
-    def studies(self) -> list[Study]:
-        with self.transaction() as session:
-            rows = session.scalars(select(StudyRow).order_by(StudyRow.layer, StudyRow.created))
-            return [Study(**own_fields(row, Study)) for row in rows]
-
-    # -- trainings
+class Ledger(StudyRecords):
+    """Methods that take a `training_id` raise KeyError when the ledger holds no such training."""
 
     def add_training(
         self, study_id: str, training_id: str, hyperparameters: Mapping[str, Any], tokens_planned: int
@@ -201,7 +55,7 @@ class Ledger:
             number=next_number.scalar_subquery(),
             hyperparameters=dict(hyperparameters),
             tokens_planned=tokens_planned,
-            created=_now(),
+            created=datetime.now(UTC),
         )
         with self.transaction() as session:
             session.execute(statement.on_conflict_do_nothing(index_elements=["training_id"]))
@@ -209,7 +63,7 @@ class Ledger:
 
     def start(self, training_id: str, pack: str, machine: Mapping[str, Any]) -> None:
         """A worker takes the training up: one more attempt. `started` stays that of the first."""
-        first_start = func.coalesce(TrainingRow.started, _now())
+        first_start = func.coalesce(TrainingRow.started, datetime.now(UTC))
         with self.transaction() as session:
             self._update(
                 session,
@@ -229,8 +83,8 @@ class Ledger:
         A value that was reported before at the same number of tokens (a continued training repeats the steps
         since its checkpoint) keeps its first value.
         """
-        common = {"training_id": training_id, "tokens": tokens, "recorded": _now()}
-        values = [{"name": name, "value": _finite(value), **common} for name, value in metrics.items()]
+        common = {"training_id": training_id, "tokens": tokens, "recorded": datetime.now(UTC)}
+        values = [{"name": name, "value": finite_or_none(value), **common} for name, value in metrics.items()]
         with self.transaction() as session:
             is_unfinished = self._update(
                 session,
@@ -246,7 +100,8 @@ class Ledger:
     ) -> None:
         """Record the result, in one transaction. `dictionary` is a path relative to the sweep's folder."""
         values = [
-            {"training_id": training_id, "name": name, "value": _finite(value)} for name, value in metrics.items()
+            {"training_id": training_id, "name": name, "value": finite_or_none(value)}
+            for name, value in metrics.items()
         ]
         with self.transaction() as session:
             is_first = self._update(
@@ -255,7 +110,7 @@ class Ledger:
                 state="finished",
                 dictionary=dictionary,
                 dictionary_sha256=dictionary_sha256,
-                finished=_now(),
+                finished=datetime.now(UTC),
                 error=None,
             )
             if is_first and values:
@@ -264,7 +119,7 @@ class Ledger:
     def fail(self, training_id: str, error: str) -> None:
         """Record that the training came to nothing, and why."""
         with self.transaction() as session:
-            self._update(session, training_id, state="failed", error=error, finished=_now())
+            self._update(session, training_id, state="failed", error=error, finished=datetime.now(UTC))
 
     def reopen(self, training_id: str, failures: int = 0) -> None:
         """Put an interrupted, failed or stopped training back in the queue; attempts, decisions and reports stay."""
@@ -337,7 +192,7 @@ class Ledger:
         if study_id is not None:
             statement = statement.where(TrainingRow.study_id == study_id)
         with self.transaction() as session:
-            found = dict(session.execute(statement).tuples().all())
+            found = {state: count for state, count in session.execute(statement)}
         return {state: found.get(state, 0) for state in STATES}
 
     def spent(self, studies: Collection[str]) -> Spent:
@@ -357,8 +212,8 @@ class Ledger:
         """run id -> item -> value, as noted by `note_delivered`."""
         notes: dict[str, dict[str, str]] = {}
         with self.transaction() as session:
-            for row in session.scalars(select(DeliveryRow)):
-                notes.setdefault(row.run_id, {})[row.item] = row.value
+            for run_id, item, value in session.execute(select(DeliveryRow.run_id, DeliveryRow.item, DeliveryRow.value)):
+                notes.setdefault(run_id, {})[item] = value
         return notes
 
     def note_delivered(self, run_id: str, item: str, value: str) -> None:
@@ -366,11 +221,3 @@ class Ledger:
         statement = insert(DeliveryRow).values(run_id=run_id, item=item, value=value)
         with self.transaction() as session:
             session.execute(statement.on_conflict_do_update(index_elements=["run_id", "item"], set_={"value": value}))
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

@@ -3,29 +3,20 @@
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import insert, select, update
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Decision, DecisionRow, TrainingRow
+from orchestrator.ledger_tables import Decision, DecisionRow, TrainingRow, finite_or_none
 
 
 def record_decision(ledger: Ledger, decisions: Sequence[Decision]) -> None:
     """Records what was decided about trainings that asked together; those not kept are stopped. One transaction."""
     now = datetime.now(UTC)
     with ledger.transaction() as session:
-        for one in decisions:
-            (kl, l0), (expected_kl, expected_l0) = map(_finite, one.values), one.expected or (None, None)
-            session.merge(
-                DecisionRow(
-                    **{name: getattr(one, name) for name in _PLAIN},
-                    kl=kl,
-                    l0=l0,
-                    expected_kl=expected_kl,
-                    expected_l0=expected_l0,
-                    recorded=now,
-                )
-            )
+        rows = [_columns(one) | {"recorded": now} for one in decisions]
+        session.execute(insert(DecisionRow).prefix_with("OR REPLACE"), rows)
         stopped = [one.training_id for one in decisions if not one.kept]
         is_stopped = (TrainingRow.training_id.in_(stopped), TrainingRow.state == "running")
         session.execute(update(TrainingRow).where(*is_stopped).values(state="stopped", finished=now))
@@ -40,15 +31,13 @@ def read_decisions(ledger: Ledger, study_id: str | None = None) -> list[Decision
         return [_decision(row) for row in session.scalars(statement)]
 
 
-def next_number(ledger: Ledger, study_id: str) -> int:
-    """The number of a study's next decision."""
-    statement = select(func.max(DecisionRow.number)).join(TrainingRow).where(TrainingRow.study_id == study_id)
-    with ledger.transaction() as session:
-        last = session.scalar(statement)
-    return 0 if last is None else last + 1
-
-
 _PLAIN = ("training_id", "tokens", "number", "family", "feasible", "rank", "arrived", "kept")
+
+
+def _columns(one: Decision) -> dict[str, Any]:
+    (kl, l0), (expected_kl, expected_l0) = map(finite_or_none, one.values), one.expected or (None, None)
+    plain = {name: getattr(one, name) for name in _PLAIN}
+    return {"kl": kl, "l0": l0, "expected_kl": expected_kl, "expected_l0": expected_l0, **plain}
 
 
 def _decision(row: DecisionRow) -> Decision:
@@ -57,7 +46,3 @@ def _decision(row: DecisionRow) -> Decision:
     if row.expected_kl is not None and row.expected_l0 is not None:
         expected = (row.expected_kl, row.expected_l0)
     return Decision(**{name: getattr(row, name) for name in _PLAIN}, values=values, expected=expected)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -1,11 +1,15 @@
-"""Opening the ledger's file: SQLite, its format, and what makes a commit last."""
+"""The ledger's file: SQLite, its format, what makes a commit last, and transactions."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.orm import Session
 
 from orchestrator.ledger_tables import Table
 from qkmodel.errors import InputError
@@ -15,7 +19,74 @@ SCHEMA_VERSION = 3
 BUSY_TIMEOUT_SECONDS = 30
 
 
-def create_or_open(path: Path) -> Engine:
+class LedgerFile:
+    """A ledger that is open. Safe to share between threads; processes may read while one writes."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the ledger at `path`, creating the file and its folder where missing.
+
+        Raises InputError when the file is not a ledger that this version can read.
+        """
+        self.path = path
+        self._engine = _create_or_open(path)
+        self._begun = threading.local()
+
+    @classmethod
+    def open_if_there(cls, path: Path) -> Self | None:
+        """The ledger at `path`, None where no sweep was started yet. Creates nothing.
+
+        Raises InputError when the file is not a ledger that this version can read.
+        """
+        engine = _open_if_there(path)
+        if engine is None:
+            return None
+        ledger = cls.__new__(cls)
+        ledger.path = path
+        ledger._engine = engine
+        ledger._begun = threading.local()
+        return ledger
+
+    @classmethod
+    def open_existing(cls, path: Path) -> Self:
+        """The ledger of a sweep that was started. Creates nothing.
+
+        Raises InputError when there is none, or not one that this version can read.
+        """
+        ledger = cls.open_if_there(path)
+        if ledger is None:
+            raise InputError(f"no sweep here: {path} is not there or empty; give a sweep that was started")
+        return ledger
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder, to which the paths of dictionaries are relative."""
+        return self.path.parent
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """One transaction: committed at the end of the block, rolled back on an exception.
+
+        Within the block, what this thread asks of the ledger and writes to it is part of the transaction.
+        Raises OSError when the database cannot be read or written now: a full disk, a folder that is gone.
+        """
+        if (session := getattr(self._begun, "session", None)) is not None:
+            yield session
+            return
+        try:
+            with Session(self._engine) as session, session.begin():
+                self._begun.session = session
+                try:
+                    yield session
+                finally:
+                    self._begun.session = None
+        except OperationalError as error:
+            raise OSError(f"{self.path}: {error.orig}; once that is mended the same command continues") from error
+
+
+def _create_or_open(path: Path) -> Engine:
     """The database at `path`; the file, its folder and its tables are made where missing.
 
     A creation that a kill cut off is completed. Raises InputError when the file is no ledger that this version reads.
@@ -32,7 +103,7 @@ def create_or_open(path: Path) -> Engine:
     return engine
 
 
-def open_if_there(path: Path) -> Engine | None:
+def _open_if_there(path: Path) -> Engine | None:
     """The database at `path`, None where there is none or a kill cut its creation off. Creates nothing.
 
     Raises InputError when the file is no ledger that this version reads.

@@ -1,5 +1,6 @@
 """What the ledger's tables hold, and the records that callers get of them."""
 
+import math
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
@@ -277,21 +278,29 @@ class DeliveryRow(Table):
     value: Mapped[str]
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """What SQLite would not give back as it was is kept as None."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
 def own_fields(row: Table, kind: type) -> dict[str, Any]:
     """The columns of `row` that are fields of the record `kind`."""
     return {field.name: getattr(row, field.name) for field in fields(kind) if hasattr(row, field.name)}
 
 
+_TRAINING_COLUMNS = [getattr(TrainingRow, field.name) for field in fields(Training) if hasattr(TrainingRow, field.name)]
+
+
 def read_trainings(session: Session, *conditions: ColumnElement[bool]) -> list[Training]:
     """The trainings that meet all conditions, with their metrics and no others'."""
+    # columns, not rows as objects of a session, which cost several times as much
+    columns = (*_TRAINING_COLUMNS, StudyRow.layer, StudyRow.constraints)
     order = (StudyRow.layer, StudyRow.created, StudyRow.study_id, TrainingRow.number)
-    columns = (TrainingRow, StudyRow.layer, StudyRow.constraints)
-    rows = session.execute(select(*columns).join(StudyRow).where(*conditions).order_by(*order)).tuples().all()
-    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row, _, _ in rows}
-    values = select(MetricRow.training_id, MetricRow.name, MetricRow.value).join(TrainingRow).where(*conditions)
-    for training_id, name, value in session.execute(values).tuples():
-        metrics[training_id][name] = value
-    return [
-        Training(layer=layer, constraints=constraints, metrics=metrics[row.training_id], **own_fields(row, Training))
-        for row, layer, constraints in rows
-    ]
+    rows = session.execute(select(*columns).join(StudyRow).where(*conditions).order_by(*order)).all()
+    metrics: dict[str, dict[str, float | None]] = {row.training_id: {} for row in rows}
+    # nobody else has any, and to look for them among all there are takes long
+    if any(row.state == "finished" for row in rows):
+        values = select(MetricRow.training_id, MetricRow.name, MetricRow.value).join(TrainingRow).where(*conditions)
+        for training_id, name, value in session.execute(values):
+            metrics[training_id][name] = value
+    return [Training(**row._mapping, metrics=metrics[row.training_id]) for row in rows]

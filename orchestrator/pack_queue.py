@@ -18,7 +18,7 @@ from orchestrator.rung_decisions import RungDecisions
 from orchestrator.search.allocation import Allocation, Standing, in_turn
 from orchestrator.search.halving import Halving
 from orchestrator.search.study import Past, StudySearch
-from orchestrator.status import hypervolumes_in_time
+from orchestrator.status import HypervolumesInTime
 from qkmodel.hyperparameters import Hyperparameters
 
 MAX_FAILURES = 3
@@ -99,9 +99,11 @@ class PackQueue:
         # one per sweep: all its studies have batches of one size
         per_step = next((study.tokens_per_step for study in studies), 1)
         self._decisions = RungDecisions(ledger, settings.halving, per_step)
-        self._running: dict[str, PackOrder] = {}
+        self._running: dict[str, tuple[StudyWork, PackOrder]] = {}
         # of the members of running packs: what they had trained on when their pack began
         self._tokens_before: dict[str, int] = {}
+        by_progress = settings.allocation == "by_progress"
+        self._hypervolumes = {one.study_id: HypervolumesInTime(ledger, one.study_id) for one in studies if by_progress}
         self._packs_made = 0
         # once set, no pack is handed out any more, and those that end are not at fault
         self.stopping = False
@@ -138,11 +140,13 @@ class PackQueue:
             steps_done=members[0].steps_done,
             last_step=members[0].last_step,
         )
-        for one in members:
-            self._waiting.pop(one.training.training_id, None)
-            self._tokens_before[one.training.training_id] = self._ledger.training(one.training.training_id).tokens_done
-            self._ledger.start(one.training.training_id, order.pack_id, group.study.machine)
-        self._running[order.pack_id] = order
+        with self._ledger.transaction():
+            for one in members:
+                identifier = one.training.training_id
+                self._waiting.pop(identifier, None)
+                self._tokens_before[identifier] = self._ledger.training(identifier).tokens_done
+                self._ledger.start(identifier, order.pack_id, group.study.machine)
+        self._running[order.pack_id] = group.study, order
         return order
 
     def exceeded_budget(self) -> str | None:
@@ -156,49 +160,63 @@ class PackQueue:
 
     def record(self, pack_id: str, reports: Sequence[MemberReport]) -> None:
         """Books what a pack reported; what says a thing again about a training that has ended changes nothing."""
-        study, reached = self._study_of(pack_id), []
-        for report in reports:
-            training = self._ledger.training(report.training_id)
+        study, _ = self._running[pack_id]
+        # at once, since every commit waits for the disk; what the ledger does not hold yet nobody is told
+        with self._ledger.transaction():
+            booked = [(self._ledger.training(one.training_id), one) for one in reports]
+            booked = [(before, one) for before, one in booked if before.state == "running"]
+            for before, one in booked:
+                self._book(before, one)
+            after = [(self._ledger.training(one.training_id), one) for _, one in booked]
+        for training, _ in after:
             if training.state != "running":
-                continue
-            progress = report.metrics if report.dictionary is None else {}
-            self._ledger.report(training.training_id, report.tokens, progress, training.seconds + report.seconds)
-            if report.error is not None:
-                self._ledger.fail(training.training_id, report.error)
-                study.search.tell(training.hyperparameters, None)
-            elif report.dictionary is not None and report.dictionary_sha256 is not None:
-                self._finish(study, report)
-            else:
-                reached.append((training, report))
-        self._decide(study, reached)
+                self._tell_end(study, training)
+        self._decide(study, [(training, one) for training, one in after if training.state == "running"])
 
     def end(self, pack_id: str, error: str | None) -> None:
         """A pack stopped. What it left unfinished goes back into the queue, or fails once too many died with it."""
-        order = self._running.pop(pack_id)
-        study = self._studies[self._ledger.training(order.members[0].training_id).study_id]
-        for member in order.members:
-            training = self._ledger.training(member.training_id)
-            if training.state != "running":
-                continue
-            if error is None and (self.stopping or training.tokens_done == order.last_step * study.tokens_per_step):
-                # asked to stop, or past a rung
-                self._ledger.reopen(training.training_id, training.failures)
-                continue
-            # whoever got further since the pack began will get further again
-            earlier = training.failures if training.tokens_done == self._tokens_before[training.training_id] else 0
-            reason, failures = error or "its pack ended before it did", earlier + 1
-            if failures < MAX_FAILURES:
-                _log.warning("%s: %s; it is tried again", training.training_id, reason)
-                self._ledger.reopen(training.training_id, failures)
-            else:
-                self._ledger.fail(training.training_id, f"{reason} (attempt {failures} of {MAX_FAILURES})")
-                study.search.tell(training.hyperparameters, None)
+        study, order = self._running.pop(pack_id)
+        with self._ledger.transaction():
+            left = [self._ledger.training(member.training_id) for member in order.members]
+            left = [training for training in left if training.state == "running"]
+            failed = [one for one in left if self._has_failed(one, error, order.last_step * study.tokens_per_step)]
+        for training in failed:
+            study.search.tell(training.hyperparameters, None)
 
-    def _finish(self, study: StudyWork, report: MemberReport) -> None:
-        self._ledger.finish(report.training_id, report.metrics, report.dictionary, report.dictionary_sha256)
-        training = self._ledger.training(report.training_id)
+    def _book(self, training: Training, report: MemberReport) -> None:
+        identifier, seconds = training.training_id, training.seconds + report.seconds
+        is_final = report.dictionary is not None and report.dictionary_sha256 is not None
+        self._ledger.report(identifier, report.tokens, {} if is_final else report.metrics, seconds)
+        if report.error is not None:
+            self._ledger.fail(identifier, report.error)
+        elif is_final:
+            self._ledger.finish(identifier, report.metrics, report.dictionary, report.dictionary_sha256)
+
+    def _tell_end(self, study: StudyWork, training: Training) -> None:
+        if training.state == "failed":
+            study.search.tell(training.hyperparameters, None)
+            return
         study.search.tell(training.hyperparameters, final_values(training), feasible(training))
+        self._decisions.finished(training)
+        if training.study_id in self._hypervolumes:
+            self._hypervolumes[training.study_id].add(training)
         self._checkpoints.discard(training.training_id)
+
+    def _has_failed(self, training: Training, error: str | None, tokens_ordered: int) -> bool:
+        """Books that the training's pack has ended before it did."""
+        if error is None and (self.stopping or training.tokens_done == tokens_ordered):
+            # asked to stop, or past a rung
+            self._ledger.reopen(training.training_id, training.failures)
+            return False
+        # whoever got further since the pack began will get further again
+        earlier = training.failures if training.tokens_done == self._tokens_before[training.training_id] else 0
+        reason, failures = error or "its pack ended before it did", earlier + 1
+        if failures < MAX_FAILURES:
+            _log.warning("%s: %s; it is tried again", training.training_id, reason)
+            self._ledger.reopen(training.training_id, failures)
+            return False
+        self._ledger.fail(training.training_id, f"{reason} (attempt {failures} of {MAX_FAILURES})")
+        return True
 
     def _decide(self, study: StudyWork, reached: Sequence[tuple[Training, MemberReport]]) -> None:
         if not reached:
@@ -255,15 +273,19 @@ class PackQueue:
             study, group = asking[study_id], _Group(asking[study_id])
             room = self._budget.allows(self._room(), study.tokens_planned)
             self._is_out_of_tokens = room == 0 < self._room()
-            while len(group.members) < room:
+            proposals = []
+            while len(proposals) < room:
                 proposal = study.search.ask()
                 if proposal is None:
                     study.exhausted = True
                     break
-                identifier = training_id(study.study_id, proposal)
-                study.wanted.add(identifier)
-                training = self._ledger.add_training(study.study_id, identifier, proposal, study.tokens_planned)
-                group.members.append(self._wait(study, training))
+                proposals.append(proposal)
+            with self._ledger.transaction():
+                for proposal in proposals:
+                    identifier = training_id(study_id, proposal)
+                    study.wanted.add(identifier)
+                    training = self._ledger.add_training(study_id, identifier, proposal, study.tokens_planned)
+                    group.members.append(self._wait(study, training))
             if group.members:
                 return group
         return None
@@ -292,12 +314,8 @@ class PackQueue:
 
     def _standing(self, study: StudyWork) -> Standing:
         begun = sum(self._ledger.counts(study.study_id).values())
-        if self._settings.allocation == "even":
-            return Standing(study.study_id, begun)
-        return Standing(study.study_id, begun, hypervolumes_in_time(self._ledger, study.study_id))
-
-    def _study_of(self, pack_id: str) -> StudyWork:
-        return self._studies[self._ledger.training(self._running[pack_id].members[0].training_id).study_id]
+        grown = self._hypervolumes.get(study.study_id)
+        return Standing(study.study_id, begun, grown.values if grown is not None else ())
 
 
 def history(ledger: Ledger, study_id: str, wanted: Collection[str]) -> list[Past]:

@@ -1,10 +1,11 @@
 """Decides at rungs, from what the ledger holds, and writes each decision there with its reasons."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from orchestrator.ledger import Ledger, Training
-from orchestrator.ledger_decisions import next_number, read_decisions, record_decision
+from orchestrator.ledger_decisions import read_decisions, record_decision
 from orchestrator.ledger_tables import Decision
 from orchestrator.pareto import final_values, within_box
 from orchestrator.search.halving import AtRung, FromRungToEnd, Halving, extrapolated, ranking, survivors
@@ -19,11 +20,27 @@ class RungDecisions:
         self._ledger = ledger
         self._halving = halving
         self._tokens_per_step = tokens_per_step
-        # (training id, tokens) that were decided about; read once, since every pack asks for all who wait
+        # What the ledger holds is read once, at the start: only this process adds to it, and every pack asks.
+        # (training id, tokens) that were decided about
         self._decided: set[tuple[str, int]] = set()
         # those that were stopped: taken up again, they go to their end
         self._stopped: set[str] = set()
-        self._note(read_decisions(ledger))
+        # (study id, tokens, family) -> who was decided about there, by training id
+        self._arrived: dict[tuple[str, int, str], dict[str, AtRung]] = defaultdict(dict)
+        # study id -> the number of its next decision
+        self._number: dict[str, int] = defaultdict(int)
+        # training id -> (kl, l0) of the finished
+        self._ends: dict[str, tuple[float, float]] = {}
+        for study in ledger.studies():
+            self._note(study.study_id, read_decisions(ledger, study.study_id))
+        for training in ledger.trainings(state="finished"):
+            self.finished(training)
+
+    def finished(self, training: Training) -> None:
+        """Tells of a training that has finished: by such ones others are extrapolated."""
+        values = final_values(training)
+        if values is not None:
+            self._ends[training.training_id] = values
 
     def next_stop(self, training_id: str, steps_done: int, last_step: int) -> int:
         """The step at which the training's pack ends: its next rung, or `last_step`.
@@ -48,16 +65,14 @@ class RungDecisions:
         if self._halving is None or step not in self._halving.rungs or not reached:
             return []
         study_id = reached[0][0].study_id
-        earlier = read_decisions(self._ledger, study_id)
-        number = next_number(self._ledger, study_id)
         decisions = []
         for family in sorted({training.family for training, _ in reached}):
             asking = [_at_rung(training, metrics) for training, metrics in reached if training.family == family]
-            before = [one for one in earlier if (one.tokens, one.family) == (tokens, family)]
-            where = {"tokens": tokens, "number": number, "family": family}
-            decisions += self._decide_family(asking, before, self._finished(study_id, before), where)
+            before = list(self._arrived[study_id, tokens, family].values())
+            where = {"tokens": tokens, "number": self._number[study_id], "family": family}
+            decisions += self._decide_family(asking, before, where)
         record_decision(self._ledger, decisions)
-        self._note(decisions)
+        self._note(study_id, decisions)
         return decisions
 
     def stopped(self, study_id: str) -> list[str]:
@@ -67,20 +82,22 @@ class RungDecisions:
         last.sort(key=lambda one: (-one.tokens, one.rank / one.arrived, one.training_id))
         return [one.training_id for one in last]
 
-    def _note(self, decisions: Sequence[Decision]) -> None:
-        self._decided |= {(one.training_id, one.tokens) for one in decisions}
-        self._stopped |= {one.training_id for one in decisions if not one.kept}
+    def _note(self, study_id: str, decisions: Sequence[Decision]) -> None:
+        for one in decisions:
+            self._decided.add((one.training_id, one.tokens))
+            if not one.kept:
+                self._stopped.add(one.training_id)
+            arrival = AtRung(one.training_id, *one.values, one.feasible)
+            self._arrived[study_id, one.tokens, one.family][one.training_id] = arrival
+            self._number[study_id] = max(self._number[study_id], one.number + 1)
 
     def _decide_family(
-        self,
-        asking: Sequence[AtRung],
-        before: Sequence[Decision],
-        finished: Sequence[FromRungToEnd],
-        where: Mapping[str, int | str],
+        self, asking: Sequence[AtRung], before: Sequence[AtRung], where: Mapping[str, int | str]
     ) -> list[Decision]:
-        arrived = [AtRung(one.training_id, *one.values, one.feasible) for one in before] + list(asking)
-        kept = survivors({one.training_id for one in asking}, arrived, self._halving.eta)
-        rank = {one.training_id: place for place, one in enumerate(ranking(arrived))}
+        ranked = ranking([*before, *asking])
+        kept = survivors({one.training_id for one in asking}, ranked, self._halving.eta)
+        rank = {one.training_id: place for place, one in enumerate(ranked)}
+        finished = self._from_rung_to_end(before)
         decisions = []
         for one in asking:
             is_kept, values = one.training_id in kept, (one.kl, one.l0)
@@ -90,7 +107,7 @@ class RungDecisions:
                     values=values,
                     feasible=one.feasible,
                     rank=rank[one.training_id],
-                    arrived=len(arrived),
+                    arrived=len(ranked),
                     kept=is_kept,
                     expected=extrapolated(values, finished) if one.is_finite and not is_kept else None,
                     **where,
@@ -98,10 +115,13 @@ class RungDecisions:
             )
         return decisions
 
-    def _finished(self, study_id: str, before: Sequence[Decision]) -> list[FromRungToEnd]:
-        """From rung to end, of those that passed this rung before."""
-        ends = {one.training_id: final_values(one) for one in self._ledger.trainings(study_id, "finished")}
-        return [FromRungToEnd(one.values, end) for one in before if (end := ends.get(one.training_id)) is not None]
+    def _from_rung_to_end(self, before: Sequence[AtRung]) -> list[FromRungToEnd]:
+        """Of the finished trainings that passed this rung."""
+        return [
+            FromRungToEnd((one.kl, one.l0), end)
+            for one in before
+            if (end := self._ends.get(one.training_id)) is not None
+        ]
 
 
 def _at_rung(training: Training, metrics: Metrics) -> AtRung:

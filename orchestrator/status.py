@@ -76,11 +76,23 @@ def _area(study: Study, front: list[Training]) -> float:
     return hypervolume(points, (study.reference["l0_cap"], study.reference["kl_baseline"]))
 
 
-def hypervolumes_in_time(ledger: Ledger, study_id: str) -> list[float]:
-    """A study's hypervolume after each training that finished, in the order in which they did."""
-    (study,) = (one for one in ledger.studies() if one.study_id == study_id)
-    finished = sorted(ledger.trainings(study_id, "finished"), key=lambda one: (one.finished, one.number))
-    return [_area(study, front_trainings(finished[: count + 1])) for count in range(len(finished))]
+class HypervolumesInTime:
+    """A study's hypervolume after each training that finished, in the order in which they did.
+
+    Formed once per training, since whoever asks does so at every proposal.
+    """
+
+    def __init__(self, ledger: Ledger, study_id: str) -> None:
+        (self._study,) = (one for one in ledger.studies() if one.study_id == study_id)
+        self.values: list[float] = []
+        self._front: list[Training] = []
+        for training in sorted(ledger.trainings(study_id, "finished"), key=lambda one: (one.finished, one.number)):
+            self.add(training)
+
+    def add(self, training: Training) -> None:
+        """The next training that has finished."""
+        self._front = front_trainings([*self._front, training])
+        self.values.append(_area(self._study, self._front))
 
 
 def status_record(ledger: Ledger) -> dict[str, Any]:

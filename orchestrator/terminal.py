@@ -20,6 +20,8 @@ from qkmodel.activation_build import BuildProgress
 LOG_SECONDS = 15.0
 # reports come in leaps, an eighth of a training each: shorter would jump
 RATE_SECONDS = 300.0
+# The process that draws is the one that hands out packs.
+READING_SHARE = 0.05
 
 
 class LiveProgress:
@@ -34,18 +36,32 @@ class LiveProgress:
         unfinished = sum(training.tokens_done for study in plan.studies for training in study.unfinished)
         wanted = plan.trainings_left * plan.tokens_per_training * plan.share_trained
         self._tokens_wanted = max(0, round(wanted) - unfinished)
+        self._drawn: RenderableType | None = None
+        self._next_drawing = 0.0
 
     def __rich__(self) -> RenderableType:
+        """What was drawn last, where reading the ledger again would take more than a part of the time."""
+        began = time.monotonic()
+        if self._drawn is None or began >= self._next_drawing:
+            self._drawn = self._draw()
+            now = time.monotonic()
+            self._next_drawing = now + (now - began) / READING_SHARE
+        return self._drawn
+
+    def _draw(self) -> RenderableType:
         statuses = study_statuses(self._ledger, self._studies)
         running = [one for status in statuses for one in status.trainings if one.state == "running"]
         packs = len({one.pack for one in running})
-        line = f"{counted(packs, 'pack')} running · {self.rate()}"
+        line = f"{counted(packs, 'pack')} running · {self._rate(statuses)}"
         best = [Text(line) for line in map(_best_line, statuses) if line]
         return Group(state_table(statuses), Text(line, style="bold"), *best)
 
     def rate(self) -> str:
         """Speed over the last minutes and the time that is left at that speed."""
-        now, tokens = time.monotonic(), self._tokens_done(study_statuses(self._ledger, self._studies))
+        return self._rate(study_statuses(self._ledger, self._studies))
+
+    def _rate(self, statuses: list[StudyStatus]) -> str:
+        now, tokens = time.monotonic(), self._tokens_done(statuses)
         if tokens != self._seen[-1][1]:
             self._seen.append((now, tokens))
         # two at least: reports of long trainings may be further apart than that

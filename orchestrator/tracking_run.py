@@ -40,13 +40,19 @@ class TrainingRun:
         """Deliver what the run does not hold yet; `is_member` says whether the training is on its study's front."""
         if "params" not in self._notes:
             self._deliver_params(study, training)
-        # a finished training reports no more
-        if not self._notes.get("status", "").startswith("FINISHED"):
+        if not self._is_complete(training):
             self._deliver_reports(training)
             self._deliver_state(training)
         if is_member and "dictionary" not in self._notes:
             self._deliver_dictionary(training)
         self._deliver_membership(is_member)
+
+    def _is_complete(self, training: Training) -> bool:
+        """Whether reports and state of a training that has ended are there; most of a large sweep's have long been."""
+        status = self._notes.get("status", "")
+        has_ended = training.state in ("stopped", "failed") and status == _status_mark(training)
+        # what is finished reports no more, even if it is trained again
+        return has_ended or status.startswith("FINISHED")
 
     def _note(self, item: str, value: str) -> None:
         self._ledger.note_delivered(self._run_id, item, value)
@@ -79,8 +85,7 @@ class TrainingRun:
 
     def _deliver_state(self, training: Training) -> None:
         """The run's status; with `finished` also the final metrics, with `failed` also the reason."""
-        status = _RUN_STATUS[training.state]
-        mark = f"{status} {training.attempts}"
+        status, mark = _RUN_STATUS[training.state], _status_mark(training)
         if self._notes.get("status") == mark:
             return
         tags = [RunTag("state", training.state)]
@@ -129,6 +134,10 @@ class TrainingRun:
         # an earlier delivery may have got this far
         if name in self._client.get_run(self._run_id).data.tags:
             self._client.delete_tag(self._run_id, name)
+
+
+def _status_mark(training: Training) -> str:
+    return f"{_RUN_STATUS[training.state]} {training.attempts}"
 
 
 def milliseconds(time: datetime) -> int:

@@ -45,40 +45,52 @@ class AtRung:
         return math.isfinite(self.kl) and math.isfinite(self.l0)
 
 
-def survivors(asking: Collection[str], arrived: Sequence[AtRung], eta: float) -> set[str]:
-    """Which of the trainings `asking` go on, given all that `arrived` at the rung so far, these included.
+def survivors(asking: Collection[str], ranked: Sequence[AtRung], eta: float) -> set[str]:
+    """Which of the trainings `asking` go on, given the `ranking` of all that arrived at the rung, these included.
 
     The best ⌈n/η⌉ of the n that arrived, and the whole feasible front: another l0 is no worse an answer, and without
-    them fronts end up with holes. The answer does not depend on the order of `arrived`. A training whose numbers are
-    not finite never goes on.
+    them fronts end up with holes. A training whose numbers are not finite never goes on.
     """
-    ranked = [one for one in ranking(arrived) if one.is_finite]
-    layers = fronts([one for one in ranked if one.feasible])
-    kept = max(math.ceil(len(arrived) / eta), len(layers[0]) if layers else 0)
-    return {one.training_id for one in ranked[:kept]} & set(asking)
+    finite = [one for one in ranked if one.is_finite]
+    on_front = front([(one.l0, one.kl) for one in finite if one.feasible])
+    kept = max(math.ceil(len(ranked) / eta), len(on_front))
+    return {one.training_id for one in finite[:kept]} & set(asking)
 
 
 def ranking(arrived: Sequence[AtRung]) -> list[AtRung]:
-    """Best first: feasible before infeasible before not finite; within those front after front, the lonely first."""
+    """Best first: feasible before infeasible before not finite; within those front after front, the lonely first.
+
+    The answer does not depend on the order of `arrived`.
+    """
     ordered = sorted(arrived, key=lambda one: one.training_id)
     finite = [one for one in ordered if one.is_finite]
     ranked = []
     for feasible in (True, False):
         group = [one for one in finite if one.feasible == feasible]
+        places = _places(group)
         for members in fronts(group):
-            distance = crowding(members, group)
+            distance = _crowding(members, places)
             ranked += sorted(members, key=lambda one: (-distance[one.training_id], one.training_id))
     return ranked + [one for one in ordered if not one.is_finite]
 
 
 def fronts(trainings: Sequence[AtRung]) -> list[list[AtRung]]:
-    """The front, then the front of what is left, and so on."""
-    left, found = list(trainings), []
-    while left:
-        chosen = set(front([(one.l0, one.kl) for one in left]))
-        found.append([left[index] for index in sorted(chosen)])
-        left = [one for index, one in enumerate(left) if index not in chosen]
+    """The front, then the front of what is left, and so on, by ascending l0. All values are finite.
+
+    Jensen's sweep for two objectives (2003), n log n: in ascending order of l0, a training belongs to the first front
+    whose latest member does not dominate it, and the latest members' kl ascend from front to front.
+    """
+    found: list[list[AtRung]] = []
+    for one in sorted(trainings, key=lambda one: (one.l0, one.kl)):
+        at = bisect_left(found, True, key=lambda members: not _dominates(members[-1], one))
+        if at == len(found):
+            found.append([])
+        found[at].append(one)
     return found
+
+
+def _dominates(one: AtRung, other: AtRung) -> bool:
+    return one.l0 <= other.l0 and one.kl <= other.kl and (one.l0, one.kl) != (other.l0, other.kl)
 
 
 def crowding(members: Sequence[AtRung], group: Sequence[AtRung]) -> dict[str, float]:
@@ -86,13 +98,28 @@ def crowding(members: Sequence[AtRung], group: Sequence[AtRung]) -> dict[str, fl
 
     Infinite at the ends. Distances are between ranks within the whole `group`, so that no objective's scale matters.
     """
+    return _crowding(members, _places(group))
+
+
+# training id -> the ranks of its kl and its l0 among the different values of a group
+_Places = dict[str, tuple[int, int]]
+
+
+def _places(group: Sequence[AtRung]) -> _Places:
+    kl, l0 = ({value: place for place, value in enumerate(sorted(set(values)))} for values in _columns(group))
+    return {one.training_id: (kl[one.kl], l0[one.l0]) for one in group}
+
+
+def _columns(group: Sequence[AtRung]) -> tuple[list[float], list[float]]:
+    return [one.kl for one in group], [one.l0 for one in group]
+
+
+def _crowding(members: Sequence[AtRung], places: _Places) -> dict[str, float]:
     distance = dict.fromkeys((one.training_id for one in members), 0.0)
-    for objective in ("kl", "l0"):
-        levels = sorted({getattr(one, objective) for one in group})
-        places = {one.training_id: bisect_left(levels, getattr(one, objective)) for one in members}
-        line = sorted(set(places.values()))
-        for training_id, place in places.items():
-            at = bisect_left(line, place)
+    for objective in (0, 1):
+        line = sorted({places[training_id][objective] for training_id in distance})
+        for training_id in distance:
+            at = bisect_left(line, places[training_id][objective])
             at_the_end = at in (0, len(line) - 1)
             distance[training_id] += math.inf if at_the_end else line[at + 1] - line[at - 1]
     return distance

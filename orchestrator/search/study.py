@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,6 +84,9 @@ class StudySearch:
         self._told: set[Hyperparameters] = set()
         self._exhausted = False
         self._first = [canonical(point) for point in first]
+        # what an enumeration has not passed yet: what was seen stays seen, so it is gone through once
+        self._points: Iterator[dict[str, Any]] | None = None
+        self._next_point: dict[str, Any] | None = None
         logging.getLogger("optuna").setLevel(logging.WARNING)
         self._study = optuna.create_study(directions=["minimize", "minimize"])
         for past in history:
@@ -173,11 +176,13 @@ class StudySearch:
         return None
 
     def _enumerate_unseen(self) -> Trial | None:
-        points = grid(self._alternatives) if self.sampler == "grid" else enumerate_space(self._alternatives)
-        for point in points or ():
-            if Hyperparameters(**point) not in self._seen:
-                return self._start_trial(point)
-        return None
+        if self._points is None:
+            points = grid(self._alternatives) if self.sampler == "grid" else enumerate_space(self._alternatives)
+            self._points = iter(points or ())
+            self._next_point = next(self._points, None)
+        while self._next_point is not None and Hyperparameters(**self._next_point) in self._seen:
+            self._next_point = next(self._points, None)
+        return None if self._next_point is None else self._start_trial(self._next_point)
 
     def _make_sampler(self, name: str, attempt: int) -> optuna.samplers.BaseSampler:
         """A fresh sampler for every proposal: its random state depends on the history's length alone."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from orchestrator.ledger_tables import Decision
-from orchestrator.search.halving import AtRung, survivors
+from orchestrator.search.halving import AtRung, ranking, survivors
 
 
 def assert_explained(decisions: Sequence[Decision], eta: int) -> None:
@@ -19,7 +19,7 @@ def assert_explained(decisions: Sequence[Decision], eta: int) -> None:
             ]
             expected = survivors(
                 {one.training_id for one in asking},
-                [AtRung(one.training_id, *one.values, one.feasible) for one in arrived],
+                ranking([AtRung(one.training_id, *one.values, one.feasible) for one in arrived]),
                 eta,
             )
             assert {one.training_id for one in asking if one.kept} == expected

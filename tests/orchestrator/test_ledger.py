@@ -298,3 +298,27 @@ def test_the_ledger_imports_without_heavy_packages() -> None:
     script = f"import sys, orchestrator.ledger; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_writes_within_a_transaction_are_kept_together_or_not_at_all(ledger: Ledger) -> None:
+    seen_elsewhere = []
+
+    def look() -> None:
+        seen_elsewhere.append(ledger.training("one").state)
+
+    with pytest.raises(KeyError), ledger.transaction():
+        ledger.start("one", "pack-0", {})
+        ledger.report("one", 500, {"loss": 0.5}, seconds=1.5)
+        # this thread sees what it wrote, others do not yet
+        assert ledger.training("one").tokens_done == 500
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        ledger.fail("nobody", "there is no such training")
+    assert seen_elsewhere == ["open"]
+    assert (ledger.training("one").state, ledger.training("one").tokens_done) == ("open", 0)
+    assert ledger.reports("one") == []
+    with ledger.transaction():
+        ledger.start("one", "pack-0", {})
+        ledger.finish("one", {"kl": 0.1}, "first", "aa")
+    assert ledger.training("one").metrics == {"kl": 0.1}

@@ -87,6 +87,7 @@ def start(
     works = []
     for study in studies:
         ledger.open_study(study, "transcoder", LAYERS[study], {}, model="m", corpus="c")
+        ledger.set_reference(study, {"kl_baseline": 2.0, "l0_cap": 64.0})
         recorded = ledger.trainings(study)
         wanted = {training.training_id for training in recorded if is_wanted(training)}
         search = StudySearch([space], sampler, trainings, 0, history(ledger, study, wanted))
@@ -716,8 +717,6 @@ def test_layers_share_a_budget_and_the_one_that_still_moves_gets_more(tmp_path: 
         allocation="by_progress",
         shared_trainings=16,
     )
-    for study in ("early", "late"):
-        driver.ledger.set_reference(study, {"kl_baseline": 2.0, "l0_cap": 64.0})
     begun: Counter[str] = Counter()
     while (order := driver.queue.next_pack()) != "finished":
         (one,) = ids(order)

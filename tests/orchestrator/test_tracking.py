@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_decisions import record_decision
+from orchestrator.ledger_tables import Decision
 from orchestrator.tracking import Tracker, TrackingUnavailable, tracking_address
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
@@ -194,6 +197,26 @@ def test_a_failed_training_shows_why_until_it_is_taken_up_again(storage: Path, l
     assert "error" not in child.data.tags
 
 
+def test_a_stopped_training_that_is_taken_up_again_goes_on_reporting(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    ledger.report("one", 250, {"kl": 0.5}, 1.0)
+    decision = Decision("one", 250, 0, "topk", (0.5, 16.0), True, 1, 2, kept=False, expected=(0.4, 16.0))
+    record_decision(ledger, [decision])
+    tracker = Tracker(None, storage, ledger)
+    tracker.deliver()
+    tracker.deliver()
+    assert runs(storage)[1]["one"].data.tags["state"] == "stopped"
+    ledger.reopen("one")
+    ledger.start("one", "pack-1", {"device": "cpu"})
+    ledger.report("one", 500, {"kl": 0.4}, 2.0)
+    record_decision(ledger, [replace(decision, tokens=500, number=1)])
+    tracker.deliver()
+    run = runs(storage)[1]["one"]
+    assert (run.data.tags["state"], run.info.status) == ("stopped", "KILLED")
+    points = client_of(storage).get_metric_history(run.info.run_id, "kl")
+    assert [(point.step, point.value) for point in points] == [(250, 0.5), (500, 0.4)]
+
+
 def test_a_training_that_never_started_has_no_run(storage: Path, ledger: Ledger) -> None:
     ledger.add_training("study", "waiting", {"dictionary_size": 512}, 1000)
     Tracker(None, storage, ledger).deliver()
@@ -347,6 +370,8 @@ def test_two_sweeps_that_start_together_in_a_new_storage_both_arrive(tmp_path: P
 import sys
 from pathlib import Path
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_decisions import record_decision
+from orchestrator.ledger_tables import Decision
 from orchestrator.tracking import Tracker
 storage, name = Path(sys.argv[1]), sys.argv[2]
 ledger = Ledger(storage / name / "ledger.sqlite")
@@ -394,6 +419,8 @@ def test_a_kill_in_the_middle_of_a_delivery_leaves_no_duplicates(
     script = f"""
 from pathlib import Path
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_decisions import record_decision
+from orchestrator.ledger_tables import Decision
 from orchestrator.tracking import Tracker
 storage = Path({str(storage)!r})
 Tracker(None, storage, Ledger.open_existing(storage / "l1" / "ledger.sqlite")).deliver()
@@ -416,6 +443,8 @@ def test_the_first_delivery_to_a_new_database_prints_nothing(tmp_path: Path) -> 
     script = f"""
 from pathlib import Path
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_decisions import record_decision
+from orchestrator.ledger_tables import Decision
 from orchestrator.tracking import Tracker
 storage = Path({str(tmp_path)!r})
 ledger = Ledger(storage / "l1" / "ledger.sqlite")

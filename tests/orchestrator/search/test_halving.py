@@ -74,19 +74,19 @@ def test_the_ranking_puts_groups_before_fronts_before_crowding(arrived: list[AtR
 def test_the_order_of_arrival_does_not_matter(arrived: list[AtRung], random: object, eta: int) -> None:
     shuffled = list(arrived)
     random.shuffle(shuffled)
-    assert survivors(ids(arrived), arrived, eta) == survivors(ids(arrived), shuffled, eta)
+    assert survivors(ids(arrived), ranking(arrived), eta) == survivors(ids(arrived), ranking(shuffled), eta)
 
 
 @given(arrivals(), st.sampled_from([2, 3, 4]))
 def test_scales_do_not_matter(arrived: list[AtRung], eta: int) -> None:
     stretched = [replace(one, kl=one.kl * 1e6, l0=one.l0**3) for one in arrived]
     assert ids(ranking(arrived)) == ids(ranking(stretched))
-    assert survivors(ids(arrived), arrived, eta) == survivors(ids(arrived), stretched, eta)
+    assert survivors(ids(arrived), ranking(arrived), eta) == survivors(ids(arrived), ranking(stretched), eta)
 
 
 @given(arrivals(), st.sampled_from([2, 3, 4]))
 def test_the_promised_share_and_the_feasible_front_go_on(arrived: list[AtRung], eta: int) -> None:
-    kept = survivors(ids(arrived), arrived, eta)
+    kept = survivors(ids(arrived), ranking(arrived), eta)
     finite = [one for one in arrived if one.is_finite]
     feasible = [one for one in finite if one.feasible]
     on_front = {one.training_id for one in feasible if depth(one, feasible) == 0}
@@ -96,7 +96,7 @@ def test_the_promised_share_and_the_feasible_front_go_on(arrived: list[AtRung], 
 
 @given(arrivals(), st.sampled_from([2, 3, 4]))
 def test_nobody_goes_on_in_the_place_of_one_that_dominates_it(arrived: list[AtRung], eta: int) -> None:
-    kept = survivors(ids(arrived), arrived, eta)
+    kept = survivors(ids(arrived), ranking(arrived), eta)
     for one in arrived:
         for better in arrived:
             alike = one.feasible == better.feasible and one.is_finite and better.is_finite
@@ -107,7 +107,7 @@ def test_nobody_goes_on_in_the_place_of_one_that_dominates_it(arrived: list[AtRu
 @given(arrivals(least=1), st.data())
 def test_only_those_that_ask_go_on_and_it_changes_nothing(arrived: list[AtRung], data: st.DataObject) -> None:
     asking = data.draw(st.sets(st.sampled_from(ids(arrived))))
-    assert survivors(asking, arrived, 3) == survivors(ids(arrived), arrived, 3) & asking
+    assert survivors(asking, ranking(arrived), 3) == survivors(ids(arrived), ranking(arrived), 3) & asking
 
 
 def test_crowding_prefers_the_lonely_member_of_a_front() -> None:

@@ -194,6 +194,30 @@ def test_an_open_training_outside_the_space_can_be_told():
     assert run(search) == run(StudySearch([LISTS], "tpe", 4, seed=0))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "dictionary_size": st.lists(st.sampled_from([64, 128, 256]), min_size=1, unique=True),
+                "k": st.lists(st.sampled_from([4, 8, 16]), min_size=1, unique=True),
+                "seed": st.lists(st.integers(0, 3), min_size=1, unique=True),
+            }
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+    st.data(),
+)
+def test_a_grid_visits_what_its_history_lacks_once_and_in_order(lists, data):
+    alternatives = [{"activation": "topk", "learning_rate": 1e-3, **one} for one in lists]
+    points = grid(alternatives)
+    tried = data.draw(st.lists(st.sampled_from(points), unique_by=lambda point: tuple(point.items())))
+    search = StudySearch(alternatives, "grid", len(points), 0, finished(tried))
+    assert run(search) == [point for point in points if point not in tried]
+    assert search.ask() is None
+
+
 def test_a_grid_is_finished_after_its_points_have_been_moved():
     coarse, fine = ([RELU | {"dictionary_size": 512, "learning_rate": 1e-3}] for _ in range(2))
     coarse[0]["sparsity_coefficient"] = Range(low=1e-3, high=1e-1, log=True, points=3)
