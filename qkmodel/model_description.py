@@ -5,7 +5,6 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from qkmodel.configs import ModelConfig
 from qkmodel.errors import InputError
-from qkmodel.files import user_path, write_atomically
+from qkmodel.files import user_cache_folder, user_path, write_atomically
 from qkmodel.gguf_file import convert_llama_gguf, llama_config, read_gguf_header
 
 _TOKENIZER_FILES = (
@@ -103,7 +102,7 @@ def model_folder(config: ModelConfig) -> Path:
     if config.name not in BUNDLED_MODELS:
         return _source_folder(config)
     source = _bundled_file(config.name)
-    folder = _cache_folder() / "models" / f"{_slug(config.name)}-{_file_sha256(source)[:16]}"
+    folder = user_cache_folder() / "models" / f"{_slug(config.name)}-{_file_sha256(source)[:16]}"
     if not folder.is_dir():
         convert_llama_gguf(source, folder)
     return folder
@@ -244,7 +243,7 @@ def _file_sha256(file: Path) -> str:
         return file.name
     stat = file.stat()
     identity = {"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    memo = _cache_folder() / "sha256" / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"
+    memo = user_cache_folder() / "sha256" / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"
     # a memo that is damaged, or cannot be kept, only costs the time of hashing again
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         known = json.loads(memo.read_text())
@@ -256,10 +255,6 @@ def _file_sha256(file: Path) -> str:
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memo, json.dumps({**identity, "sha256": sha256}).encode())
     return sha256
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkmodel"
 
 
 def _slug(name: str) -> str:

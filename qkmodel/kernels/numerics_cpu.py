@@ -4,22 +4,12 @@ NumPy has no bfloat16, so kernels see such tensors as int16. `number` and `store
 bfloat16 (int16), float32 and float64; Numba compiles the body that fits an array's type.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
-
-# Sums may be reordered to vectorise. Not `ninf`: a score of −inf is a key that cannot be seen.
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp", "nnan"}
-
-
-def kernel(function: Any) -> Any:
-    """Compiles a loop at first use, keeps the machine code on disk, and lets other Python threads run meanwhile."""
-    return njit(function, nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -6,7 +6,8 @@ Works on score differences, as `pattern_kl_cpu` does: log p̂ = log p + Δs − 
 import numpy as np
 import torch
 
-from qkmodel.kernels.numerics_cpu import as_array, exponential, kernel
+from qkmodel.kernels.machine_code import kernel
+from qkmodel.kernels.numerics_cpu import as_array, exponential
 from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_cpu import (
     Keys,

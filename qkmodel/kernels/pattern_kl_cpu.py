@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
-from qkmodel.kernels.numerics_cpu import as_array, exponential, kernel, number, store
+from qkmodel.kernels.machine_code import kernel
+from qkmodel.kernels.numerics_cpu import as_array, exponential, number, store
 from qkmodel.kernels.rotary_cpu import prepare, restore
 
 FULL_WEIGHT = 3.0

@@ -9,7 +9,7 @@ A `code` is (starts, features, values): token t activates `features[starts[t]:st
 
 import numpy as np
 
-from qkmodel.kernels.numerics_cpu import kernel
+from qkmodel.kernels.machine_code import kernel
 
 
 @kernel
