@@ -97,7 +97,7 @@ def device_memory(config: SweepConfig) -> int:
 
 
 def geometry_of(model: ModelDescription) -> AttentionGeometry:
-    """The shapes of any of the model's layers; what else a layer has costs nothing to speak of."""
+    """The shapes of any of the model's layers, without a window: not all of them may have it."""
     return AttentionGeometry(
         architecture="random",
         layer=0,
@@ -107,4 +107,5 @@ def geometry_of(model: ModelDescription) -> AttentionGeometry:
         d_head=model.d_head,
         rotary_dim=model.d_head // 2 * 2,
         scale=model.d_head**-0.5,
+        soft_cap=model.soft_cap,
     )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -52,6 +53,8 @@ BUNDLED_MODELS = {
 class ModelDescription:
     """A language model's identity and shape.
 
+    `soft_cap` is that of attention scores, None where they have none; `vocabulary_matrices` counts those that have a row
+    for each of `vocabulary_size` tokens: one where input and output share it.
     `slug` is the name made fit for file names. `weights_sha256` covers weights, configuration and, with
     `trust_remote_code`, the code that comes with them; `tokenizer_sha256` the tokenizer's files. Neither depends
     on where the files lie.
@@ -67,6 +70,9 @@ class ModelDescription:
     d_head: int
     d_model: int
     max_context: int
+    soft_cap: float | None
+    vocabulary_size: int
+    vocabulary_matrices: int
 
 
 def describe_model(config: ModelConfig) -> ModelDescription:
@@ -123,6 +129,9 @@ def _describe_bundled(name: str) -> ModelDescription:
         d_head=shape["head_dim"],
         d_model=shape["hidden_size"],
         max_context=shape["max_position_embeddings"],
+        soft_cap=None,
+        vocabulary_size=shape["vocab_size"],
+        vocabulary_matrices=1 if shape["tie_word_embeddings"] else 2,
     )
 
 
@@ -207,7 +216,7 @@ def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
-def _shape_from_folder(folder: Path, config: ModelConfig) -> dict[str, int]:
+def _shape_from_folder(folder: Path, config: ModelConfig) -> dict[str, Any]:
     # takes seconds, and a bundled model does without
     from transformers import AutoConfig
 
@@ -222,6 +231,9 @@ def _shape_from_folder(folder: Path, config: ModelConfig) -> dict[str, int]:
             "d_head": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
             "d_model": text.hidden_size,
             "max_context": text.max_position_embeddings,
+            "soft_cap": getattr(text, "attn_logit_softcapping", None),
+            "vocabulary_size": text.vocab_size,
+            "vocabulary_matrices": 1 if getattr(text, "tie_word_embeddings", True) else 2,
         }
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]

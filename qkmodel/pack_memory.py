@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from qkmodel.attention import AttentionGeometry
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
+from qkmodel.kernels.pattern_kl_cpu import blocks_of
 from qkmodel.pattern_comparison import EVALUATION_BATCH
 from qkmodel.transcode import SPARSE_SHARE
 
@@ -40,7 +41,7 @@ def pack_bytes(
     lasting = sum(LASTING_BYTES * _parameters(member, geometry) for member in members)
     steps = sorted((_step_bytes(member, geometry, batch * context, device) for member in members), reverse=True)
     fixed = LIBRARIES_BYTES + RUNNING_BYTES
-    return fixed + lasting + sum(steps[:threads]) + BATCHES * _shared_bytes(geometry, batch, context)
+    return fixed + lasting + sum(steps[:threads]) + BATCHES * _shared_bytes(geometry, batch, context, device)
 
 
 def _sides(member: Hyperparameters, geometry: AttentionGeometry) -> list[tuple[SideHyperparameters, int]]:
@@ -67,8 +68,17 @@ def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: in
     return total
 
 
-def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int) -> int:
-    """A batch's inputs (as they are and rounded), true queries and keys likewise, and p and log p in float32."""
+def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:
+    """A batch's inputs (as they are and rounded), true queries and keys likewise, and the true pattern."""
     widths = geometry.d_model + (geometry.n_heads + geometry.n_kv_heads) * geometry.d_head
-    scores = batch * geometry.n_heads * context * (context + 1) // 2
-    return 6 * batch * context * widths + 8 * scores
+    return 6 * batch * context * widths + _pattern_bytes(geometry, batch, context, device)
+
+
+def _pattern_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:
+    """p, log p and, with a soft-cap, raw scores of all blocks, in float32; on a GPU a number for each row."""
+    rows = batch * geometry.n_heads
+    if device != "cpu":
+        return 4 * rows * context
+    blocks = blocks_of(context, geometry.window)
+    scores = sum((queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in blocks)
+    return (8 if geometry.soft_cap is None else 12) * rows * scores

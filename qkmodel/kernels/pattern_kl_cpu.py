@@ -53,7 +53,7 @@ class TruePattern:
     """What every training of a pack compares itself with.
 
     `queries` are rotated and scaled, `keys` rotated; the `_product` forms are the same in the element type of the
-    matrix products. Memory: 8 bytes for each visible score of the batch (12 with a soft-cap).
+    matrix products. Memory: 8 bytes for each score of the batch's blocks (12 with a soft-cap).
     """
 
     layer: AttentionLayer
@@ -71,13 +71,15 @@ def true_pattern(layer: AttentionLayer, q: Queries, k: Keys, product_dtype: torc
     queries = (layer.rotate(q) * geometry.scale).unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     queries, keys = queries.contiguous(), layer.rotate(k).transpose(1, 2).flatten(0, 1).contiguous()
     blocks = []
-    for rows, columns in _blocks(context, geometry.window):
+    for rows, columns in blocks_of(context, geometry.window):
         raw = queries[:, rows.start * group : rows.stop * group] @ keys[:, columns].mT
         cap = geometry.soft_cap
         scores = raw if cap is None else torch.tanh(raw / cap) * cap
         mask = _mask(rows.start, rows.stop, columns.start, geometry.window).repeat_interleave(group, 0)
         log_p = (scores + mask.to(scores.dtype)).log_softmax(-1)
-        blocks.append(TrueBlock(rows, columns, log_p, log_p.exp(), raw if cap is not None else raw[:0]))
+        # without a soft-cap not even a view: it would keep the scores
+        kept = raw if cap is not None else raw.new_empty(0, *raw.shape[1:])
+        blocks.append(TrueBlock(rows, columns, log_p, log_p.exp(), kept))
     return TruePattern(layer, queries, keys, queries.to(product_dtype), keys.to(product_dtype), blocks)
 
 
@@ -261,8 +263,11 @@ def _mask(row: int, row_stop: int, column: int, window: int | None) -> Float[Ten
     return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
-def _blocks(context: int, window: int | None) -> list[tuple[slice, slice]]:
-    """Blocks of query positions with the key positions that any of them can see."""
+def blocks_of(context: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Blocks of query positions with the key positions that any of them can see.
+
+    Memory is taken for all scores of a block, those above the diagonal too.
+    """
     blocks = []
     for start in range(0, context, BLOCK_POSITIONS):
         stop = min(start + BLOCK_POSITIONS, context)
