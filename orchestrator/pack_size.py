@@ -1,5 +1,6 @@
 """How many trainings `pack: auto` puts into a pack, and how much memory a pack takes."""
 
+import math
 import os
 from collections.abc import Sequence
 from itertools import product
@@ -62,7 +63,7 @@ def automatic_pack_size(
 ) -> int:
     """Enough packs to fill the machine's `slots`, none larger than pays, and all of them together within memory."""
     limit = min(LARGEST_ADAPTIVE_PACK if adaptive else LARGEST_PACK, per_layer, -(-trainings // slots))
-    available = MEMORY_SHARE * device_memory(config) / slots
+    available = MEMORY_SHARE * device_memory(config) / min(slots, packs_on_a_gpu(config) or slots)
     size = max(1, limit)
     while size > 1 and memory_of_pack(config, model, size) > available:
         size -= 1
@@ -84,10 +85,17 @@ def _readable(size: int) -> str:
     return ByteSize(size).human_readable(decimal=True, separator=" ")
 
 
+def packs_on_a_gpu(config: SweepConfig) -> int:
+    """Packs that one GPU takes at once; 0 where they train on CPUs."""
+    share = config.resources.pack.gpu
+    # 0.3 / 0.1 is a little less than 3
+    return math.floor(1 / share + 1e-9) if share > 0 else 0
+
+
 def device_memory(config: SweepConfig) -> int:
-    """Bytes that packs may share: this machine's memory, or that of the GPUs they are on."""
+    """Bytes of what a pack is on: this machine's memory, or that of the smallest GPU, since it may get any of them."""
     if config.resources.pack.gpu > 0:
-        return sum(torch.cuda.get_device_properties(one).total_memory for one in range(torch.cuda.device_count()))
+        return min(torch.cuda.get_device_properties(one).total_memory for one in range(torch.cuda.device_count()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(memory, int(_CGROUP_LIMIT.read_text()))

@@ -10,7 +10,7 @@ from orchestrator.identity import study_id, study_identity
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
-from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_pack
+from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_pack, packs_on_a_gpu
 from orchestrator.plan_checks import (
     CACHE_FOLDER,
     check_model,
@@ -122,11 +122,10 @@ class SweepPlan:
     @property
     def slots(self) -> int:
         """Packs that this machine runs at once."""
-        pack = self.config.resources.pack
         # 0.3 / 0.1 is a little less than 3
-        slots = math.floor(machine_cpus() / pack.cpu + 1e-9)
-        if pack.gpu > 0:
-            slots = min(slots, machine_gpus() * math.floor(1 / pack.gpu + 1e-9))
+        slots = math.floor(machine_cpus() / self.config.resources.pack.cpu + 1e-9)
+        if self.device == "cuda":
+            slots = min(slots, machine_gpus() * packs_on_a_gpu(self.config))
         return max(1, slots)
 
     @property

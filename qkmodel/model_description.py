@@ -53,8 +53,8 @@ BUNDLED_MODELS = {
 class ModelDescription:
     """A language model's identity and shape.
 
-    `soft_cap` is that of attention scores, None where they have none; `vocabulary_matrices` counts those that have a row
-    for each of `vocabulary_size` tokens: one where input and output share it.
+    `soft_cap` is that of attention scores, None where they have none; `vocabulary_matrices` counts the matrices with
+    a row for each of `vocabulary_size` tokens: one where input and output share it.
     `slug` is the name made fit for file names. `weights_sha256` covers weights, configuration and, with
     `trust_remote_code`, the code that comes with them; `tokenizer_sha256` the tokenizer's files. Neither depends
     on where the files lie.
