@@ -140,6 +140,23 @@ def test_packs_shrink_to_what_memory_holds(tmp_path: Path, monkeypatch: pytest.M
         plan_of(file, *overrides, "pack=3")
 
 
+def test_a_pack_that_runs_the_model_takes_its_weights_and_what_a_pass_takes(tmp_path: Path) -> None:
+    file, context = write_sweep(tmp_path), 1024
+    fixed = [f"corpus.context={context}", f"training.tokens={504 * context}", "pack=1"]
+    trained, streamed, patched = (
+        plan_of(file, *fixed, *more).pack_bytes
+        for more in (
+            ["training.cross_entropy_sequences=0"],
+            ["training.cross_entropy_sequences=0", "activations.max_bytes=1GB"],
+            ["training.cross_entropy_sequences=8"],
+        )
+    )
+    # SmolLM2's 134.5 M weights; batches of 8 sequences, 9 heads, 49,152 tokens to choose from
+    weights, scores = 4 * 134.5e6, 4 * 8 * 9 * context**2
+    assert streamed - trained > weights + 4 * scores
+    assert patched > 0.7e9 + weights + scores + 2 * 8 * context * 49_152
+
+
 def test_a_pack_fits_the_smallest_gpu_whatever_others_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +181,7 @@ def test_a_pack_fits_the_smallest_gpu_whatever_others_there_are(
     shared = plan_of(file, *large, *more, "resources.pack.gpu=0.5")
     assert shared.slots == 6
     half = 0.7 * memories[2] / 2
-    assert shared.pack_bytes <= half < memory_of_pack(shared.config, shared.model, shared.pack_size + 1)
+    assert shared.pack_bytes <= half < memory_of_pack(shared.config, shared.model, shared.pack_size + 1, False)
 
 
 def test_kinds_of_training_are_all_that_cost_differently() -> None:
