@@ -23,15 +23,12 @@ from torch import Tensor
 from qkmodel.attention import AttentionLayer
 from qkmodel.kernels.machine_code import kernel
 from qkmodel.kernels.numerics_cpu import as_array, exponential, number, store
+from qkmodel.kernels.pattern_kl_terms import FULL_WEIGHT, Keys, Queries
 from qkmodel.kernels.rotary_cpu import prepare, restore
 
-FULL_WEIGHT = 3.0
 # Query positions in a block, and scores handled at once: within a tenth of the fastest tried on SmolLM2's shapes.
 BLOCK_POSITIONS = 64
 BLOCK_SCORES = 160_000
-
-Queries = Float[Tensor, "batch context n_heads d_head"]
-Keys = Float[Tensor, "batch context n_kv_heads d_head"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ def _softmax_gradients(by_query, by_key, by_both, log_p, p, raw, soft_cap, sums,
     capped = soft_cap > 0
     full, query, key = np.empty(width, p.dtype), np.empty(width, p.dtype), np.empty(width, p.dtype)
     full_slope, query_slope, key_slope = np.ones(width, p.dtype), np.ones(width, p.dtype), np.ones(width, p.dtype)
-    three, one, lowest = p.dtype.type(3.0), p.dtype.type(1.0), p.dtype.type(-np.inf)
+    full_weight, one, lowest = p.dtype.type(FULL_WEIGHT), p.dtype.type(1.0), p.dtype.type(-np.inf)
     for pair in range(pairs):
         for row in range(height):
             truth, log_truth = p[pair, row], log_p[pair, row]
@@ -205,7 +202,7 @@ def _softmax_gradients(by_query, by_key, by_both, log_p, p, raw, soft_cap, sums,
             sums[0] += np.log(full_sum) + full_max - full_mean
             sums[1] += np.log(query_sum) + query_max - query_mean
             sums[2] += np.log(key_sum) + key_max - key_mean
-            _gradients(full, three / full_sum, truth, three, capped, full_slope)
+            _gradients(full, full_weight / full_sum, truth, full_weight, capped, full_slope)
             _gradients(query, one / query_sum, truth, one, capped, query_slope)
             _gradients(key, one / key_sum, truth, one, capped, key_slope)
             for j in range(width):
