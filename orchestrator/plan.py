@@ -30,18 +30,8 @@ from orchestrator.plan_figures import (
 )
 from orchestrator.search.halving import Halving
 from orchestrator.study_plan import StudyPlan, make_study_plan, share_budget
-from qkmodel.activations import (
-    SPLITS,
-    TOKENS,
-    CacheKey,
-    CacheRequest,
-    Manifest,
-    Split,
-    in_whole_shards,
-    missing_work,
-    read_manifest,
-    request_bytes,
-)
+from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
+from qkmodel.activations import SPLITS, TOKENS, CacheKey, Manifest, Split, in_whole_shards, read_manifest
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
 from qkmodel.model_description import ModelDescription, describe_model

@@ -20,7 +20,7 @@ from orchestrator.pack_size import kinds_of_training, memory_of_pack
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_checks import machine_cpus
 from orchestrator.search.space import Range
-from qkmodel.activations import CacheRequest, missing_work, request_bytes
+from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import TOPK_GRID, write_sweep
 
