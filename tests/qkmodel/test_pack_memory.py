@@ -65,7 +65,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / mod
 
 
 @pytest.mark.parametrize("products", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("what", "context"), [("patched", 256), ("patched", 1024), ("streamed", 1024)])
+@pytest.mark.parametrize(("what", "context"), [("patched", 256), ("patched", 512), ("streamed", 1024)])
 def test_a_pass_of_the_model_takes_what_is_reckoned(what: str, context: int, products: str) -> None:
     command = [sys.executable, "-c", MEASURE, what, str(context), products]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
