@@ -9,7 +9,8 @@ import torch
 from orchestrator.late_checks import CheckedPlan, cache_threads
 from orchestrator.pack_size import geometry_of, kinds_of_training
 from orchestrator.plan import SweepPlan
-from qkmodel.activations import DTYPES, MissingWork, missing_work, request_bytes
+from qkmodel.activation_request import MissingWork, missing_work, request_bytes
+from qkmodel.activations import DTYPES
 from qkmodel.attention import AttentionLayer
 from qkmodel.language_model import LanguageModel
 from qkmodel.member import Member, SharedBatch

@@ -14,8 +14,9 @@ from orchestrator.opening_token import AUTO, measure_opening_token
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_checks import machine_cpus
 from qkmodel.activation_build import available_sequences
+from qkmodel.activation_request import CacheRequest, missing_work
 from qkmodel.activation_space import refuse_without_room
-from qkmodel.activations import TOKENS, ActivationCache, CacheRequest, Manifest, missing_work
+from qkmodel.activations import TOKENS, ActivationCache, Manifest
 from qkmodel.attention_extraction import extract_attention_layer
 from qkmodel.corpus import BosChoice, TokenisedCorpus, tokenise
 from qkmodel.errors import InputError

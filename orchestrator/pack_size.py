@@ -10,12 +10,14 @@ import torch
 from pydantic import ByteSize
 
 from orchestrator.config import SweepConfig
+from orchestrator.plan_figures import packs_on_a_gpu
 from orchestrator.search.space import Alternative, extremes
 from qkmodel.attention import AttentionGeometry
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.model_description import ModelDescription
-from qkmodel.pack_memory import pack_bytes
+from qkmodel.pack_memory import ModelUse, pack_bytes
+from qkmodel.products import forward_products
 
 # From here on what a pack shares is under a tenth of a step's cost (benchmarks/growth.py), and a larger pack would only
 # report and adapt later: a search that learns from results wants them early.
@@ -45,33 +47,43 @@ def _ends(found: list[Any]) -> list[Any]:
     return found if isinstance(found[0], str) else sorted({min(found), max(found)})
 
 
-def memory_of_pack(config: SweepConfig, model: ModelDescription, size: int) -> int:
-    """Bytes of a pack of `size` trainings of the largest kind, and of the language model if it measures them."""
+def memory_of_pack(config: SweepConfig, model: ModelDescription, size: int, streamed: bool) -> int:
+    """Bytes of a pack of `size` trainings of the largest kind, and of the language model if it runs that.
+
+    It does for cross-entropies, and where it is `streamed` for every batch.
+    """
     threads, batch = max(1, int(config.resources.pack.cpu)), config.training.batch_sequences
     geometry, device = geometry_of(model), "cuda" if config.resources.pack.gpu > 0 else "cpu"
-    # twelve d_model² weights a layer is what transformers have, the vocabulary left out
-    measured_by = 4 * 12 * model.n_layers * model.d_model**2 if config.training.patched_sequences > 0 else 0
-    return measured_by + max(
-        pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads, device)
+    patched = config.training.patched_sequences > 0
+    products = forward_products(config.activations.dtype)
+    use = ModelUse(model, products, streamed, patched) if streamed or patched else None
+    return max(
+        pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads, device, use)
         for kind in kinds_of_training(config.search.space)
     )
 
 
 def automatic_pack_size(
-    config: SweepConfig, model: ModelDescription, trainings: int, per_layer: int, slots: int, adaptive: bool
+    config: SweepConfig,
+    model: ModelDescription,
+    trainings: int,
+    per_layer: int,
+    slots: int,
+    adaptive: bool,
+    streamed: bool,
 ) -> int:
     """Enough packs to fill the machine's `slots`, none larger than pays, and all of them together within memory."""
     limit = min(LARGEST_ADAPTIVE_PACK if adaptive else LARGEST_PACK, per_layer, -(-trainings // slots))
-    available = MEMORY_SHARE * device_memory(config) / slots
+    available = MEMORY_SHARE * device_memory(config) / min(slots, packs_on_a_gpu(config.resources.pack) or slots)
     size = max(1, limit)
-    while size > 1 and memory_of_pack(config, model, size) > available:
+    while size > 1 and memory_of_pack(config, model, size, streamed) > available:
         size -= 1
     return size
 
 
-def check_memory(config: SweepConfig, model: ModelDescription, size: int) -> None:
+def check_memory(config: SweepConfig, model: ModelDescription, size: int, streamed: bool) -> None:
     """Refuses packs of which not even one fits: it would end in the middle of a training. Raises InputError."""
-    needed, available = memory_of_pack(config, model, size), device_memory(config)
+    needed, available = memory_of_pack(config, model, size, streamed), device_memory(config)
     if needed > available:
         key = "pack" if size > 1 else "search.space.dictionary_size"
         raise InputError(
@@ -85,9 +97,9 @@ def _readable(size: int) -> str:
 
 
 def device_memory(config: SweepConfig) -> int:
-    """Bytes that packs may share: this machine's memory, or that of the GPUs they are on."""
+    """Bytes of what a pack is on: this machine's memory, or that of the smallest GPU, since it may get any of them."""
     if config.resources.pack.gpu > 0:
-        return sum(torch.cuda.get_device_properties(one).total_memory for one in range(torch.cuda.device_count()))
+        return min(torch.cuda.get_device_properties(one).total_memory for one in range(torch.cuda.device_count()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(memory, int(_CGROUP_LIMIT.read_text()))
@@ -97,7 +109,7 @@ def device_memory(config: SweepConfig) -> int:
 
 
 def geometry_of(model: ModelDescription) -> AttentionGeometry:
-    """The shapes of any of the model's layers; what else a layer has costs nothing to speak of."""
+    """The shapes of any of the model's layers, without a window: not all of them may have it."""
     return AttentionGeometry(
         architecture="random",
         layer=0,
@@ -107,4 +119,5 @@ def geometry_of(model: ModelDescription) -> AttentionGeometry:
         d_head=model.d_head,
         rotary_dim=model.d_head // 2 * 2,
         scale=model.d_head**-0.5,
+        soft_cap=model.soft_cap,
     )

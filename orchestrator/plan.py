@@ -33,18 +33,8 @@ from orchestrator.plan_figures import (
 from orchestrator.search.halving import Halving
 from orchestrator.study_changes import change_lines
 from orchestrator.study_plan import StudyPlan, make_study_plan, share_budget
-from qkmodel.activations import (
-    SPLITS,
-    TOKENS,
-    CacheKey,
-    CacheRequest,
-    Manifest,
-    Split,
-    in_whole_shards,
-    missing_work,
-    read_manifest,
-    request_bytes,
-)
+from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
+from qkmodel.activations import SPLITS, TOKENS, CacheKey, Manifest, Split, in_whole_shards, read_manifest
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
 from qkmodel.model_description import ModelDescription, describe_model
@@ -135,18 +125,25 @@ class SweepPlan:
         return "cuda" if self.config.resources.pack.gpu > 0 else "cpu"
 
     @cached_property
+    def streamed(self) -> bool:
+        """Whether packs compute their training activations, by what is known of the corpus without reading it."""
+        return self.cache_request(self.cached).streamed_sequences > 0
+
+    @cached_property
     def pack_size(self) -> int:
         """Trainings per pack: what the file says, or what suits this machine."""
         if self.config.pack != "auto":
             return self.config.pack
         per_layer = max((study.to_train for study in self.studies), default=1)
         adaptive = self.sampler not in ("grid", "random")
-        return automatic_pack_size(self.config, self.model, self.trainings_left, per_layer, self.slots, adaptive)
+        return automatic_pack_size(
+            self.config, self.model, self.trainings_left, per_layer, self.slots, adaptive, self.streamed
+        )
 
     @property
     def pack_bytes(self) -> int:
         """Memory that a pack takes, by a model of its shapes."""
-        return memory_of_pack(self.config, self.model, self.pack_size)
+        return memory_of_pack(self.config, self.model, self.pack_size, self.streamed)
 
     @property
     def packs(self) -> int:
@@ -261,7 +258,7 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
         ledger.close()
     plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes)
     if plan.trainings_left:
-        check_memory(config, model, plan.pack_size)
+        check_memory(config, model, plan.pack_size, plan.streamed)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
         # a sweep whose text is cached does without the hub
         require_corpus(config.corpus)

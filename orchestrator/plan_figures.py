@@ -38,9 +38,12 @@ def packs_at_once(cpus: float, gpus: float, pack: PackResources) -> int:
     """How many packs one machine holds."""
     # 0.3 / 0.1 is a little less than 3
     packs = math.floor(cpus / pack.cpu + 1e-9)
-    if pack.gpu > 0:
-        packs = min(packs, math.floor(gpus) * math.floor(1 / pack.gpu + 1e-9))
-    return packs
+    return min(packs, math.floor(gpus) * packs_on_a_gpu(pack)) if pack.gpu > 0 else packs
+
+
+def packs_on_a_gpu(pack: PackResources) -> int:
+    """Packs that one GPU takes at once; 0 where they train on CPUs."""
+    return math.floor(1 / pack.gpu + 1e-9) if pack.gpu > 0 else 0
 
 
 def sweep_folder(config: SweepConfig) -> Path:

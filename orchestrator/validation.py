@@ -69,7 +69,7 @@ def _explain_one(mistake: Mapping[str, Any], data: Mapping[str, Any], schema: ty
             wrong = str(cause)
         case "literal_error":
             choices = [choice.strip("'") for choice in mistake["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-            wrong = f"is unknown; {_near(str(mistake['input']), choices)}"
+            wrong = f"is unknown; {_near(mistake['input'], choices)}"
         case "string_type":
             wrong = "must be text; put it in quotes if it is"
         case "tuple_type" | "list_type":
@@ -140,8 +140,9 @@ def _example(path: Sequence[str | int], schema: type[BaseModel]) -> str:
     return f"; write for example {path[-1]}: {_shown(field.examples[0])}"
 
 
-def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
+def _near(word: object, known: Sequence[str] | Mapping[str, Any]) -> str:
+    # null is nobody's misspelling
+    near = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int32
 from safetensors.torch import save
 from torch import Tensor
 
+from qkmodel.activation_request import CacheRequest, request_bytes
 from qkmodel.activation_space import refuse_without_room
 from qkmodel.activations import (
     DTYPES,
@@ -25,7 +26,6 @@ from qkmodel.activations import (
     TOKENS,
     ActivationCache,
     CacheKey,
-    CacheRequest,
     Manifest,
     MissingShard,
     Shard,
@@ -34,7 +34,6 @@ from qkmodel.activations import (
     layer_part,
     map_shard,
     read_manifest,
-    request_bytes,
     shard_path,
 )
 from qkmodel.corpus import TokenisedCorpus

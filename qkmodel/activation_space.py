@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pydantic import ByteSize
 
-from qkmodel.activations import SPLITS, CacheRequest, Manifest, missing_work, request_bytes
+from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
+from qkmodel.activations import SPLITS, Manifest
 from qkmodel.errors import InputError
 
 

@@ -135,35 +135,6 @@ class Manifest(Schema):
 
 
 @dataclass(frozen=True)
-class CacheRequest:
-    """What is wanted of a cache: the tokens of so many sequences, and activations at `layers` of the first of them.
-
-    The two counts differ where packs compute training activations themselves.
-    """
-
-    layers: tuple[int, ...]
-    tokens: Mapping[Split, int]
-    activations: Mapping[Split, int]
-
-    @property
-    def streamed_sequences(self) -> int:
-        """Training sequences whose activations packs compute themselves."""
-        return self.tokens["train"] - self.activations["train"]
-
-    @property
-    def layer_parts(self) -> list[str]:
-        return [layer_part(layer) for layer in self.layers]
-
-    @property
-    def parts(self) -> list[str]:
-        return [TOKENS, *self.layer_parts]
-
-    def wanted(self, part: str) -> Mapping[Split, int]:
-        """Sequences that `part` has to have."""
-        return self.tokens if part == TOKENS else self.activations
-
-
-@dataclass(frozen=True)
 class MissingShard:
     """Sequences of a split that some parts (tokens, layers) of a cache lack."""
 
@@ -171,14 +142,6 @@ class MissingShard:
     index: int
     sequences: int
     parts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class MissingWork:
-    """What a request would add to a cache: sequences that go through the model, and bytes on disk."""
-
-    sequences: int
-    bytes: int
 
 
 class ActivationCache:
@@ -302,29 +265,3 @@ def in_whole_shards(wanted: int, available: int | None) -> int:
     """The sequences in all these shards together."""
     total = -(-wanted // SHARD_SEQUENCES) * SHARD_SEQUENCES
     return total if available is None else min(total, available)
-
-
-def request_bytes(manifest: Manifest, request: CacheRequest) -> int:
-    """Bytes on disk of what is requested, what is there already included; file headers (0.1 kB a shard) left out.
-
-    An upper bound while nobody has counted the corpus's sequences.
-    """
-    return sum(
-        manifest.sequences_needed(split, request.wanted(part)[split]) * manifest.key.bytes_per_sequence(part)
-        for part in request.parts
-        for split in SPLITS
-    )
-
-
-def missing_work(manifest: Manifest, request: CacheRequest) -> MissingWork:
-    """What `build_activation_cache` would still do, judged by the manifest alone.
-
-    An upper bound while nobody has counted the corpus's sequences.
-    """
-    return MissingWork(
-        sequences=manifest.missing_sequences(request.layer_parts, request.activations),
-        bytes=sum(
-            manifest.missing_sequences([part], request.wanted(part)) * manifest.key.bytes_per_sequence(part)
-            for part in request.parts
-        ),
-    )

@@ -25,7 +25,8 @@ class AttentionGeometry(Schema):
     The scores are `rotate(q)·rotate(k)·scale`, then `soft_cap·tanh(score / soft_cap)`. Rotary turns the first
     `rotary_dim` entries of a head (0: none), pairing entry i with i + rotary_dim/2, or 2i with 2i + 1 when
     `rotary_interleaved`, and multiplies cosine and sine by `rotary_scaling`. With `qk_norm_eps` each head's q and
-    k pass an RMS norm before rotary. Position i sees j when `0 <= i - j`, and `i - j < window` if there is one.
+    k pass an RMS norm before rotary. Position i sees j when `0 <= i - j`, and `i - j < window` if there is one; with a
+    window of 1 every pattern would be the same, and there would be nothing to reconstruct.
     """
 
     architecture: str
@@ -40,7 +41,7 @@ class AttentionGeometry(Schema):
     rotary_scaling: float = Field(default=1.0, gt=0)
     qk_norm_eps: float | None = Field(default=None, ge=0)
     soft_cap: float | None = Field(default=None, gt=0)
-    window: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:

@@ -75,6 +75,7 @@ def _refuse_unsupported(model: "LanguageModel", layer: int) -> None:
     hf_attention = attention.original_component
     found = {
         "attention that is not causal": not attention.is_causal or attention.is_cross_attention,
+        "a window of one token, which leaves nothing to attend to,": _window(model, layer) == 1,
         "attention sinks": getattr(hf_attention, "sinks", None) is not None,
         "scaled keys": getattr(hf_attention, "key_multiplier", None) is not None,
         "clipped queries and keys": getattr(getattr(hf_attention, "config", None), "clip_qkv", None) is not None,

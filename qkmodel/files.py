@@ -12,6 +12,11 @@ from qkmodel.errors import InputError
 PARTIAL_SUFFIX = ".partial"
 
 
+def user_cache_folder() -> Path:
+    """Where a user keeps what can be made again: `$XDG_CACHE_HOME/qkmodel`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkmodel"
+
+
 def user_path(key: str, name: str) -> Path:
     """The path that a person wrote under `key`, `~` expanded. Raises InputError when it can be none."""
     try:

@@ -1,6 +1,6 @@
 """What one training may differ in from the others of its study."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,10 @@ Penalty = Literal["l1", "sqrt", "tanh", "p_annealing"]
 
 # Larger ones would not fit any machine's memory.
 LARGEST_DICTIONARY = 2**20
+
+
+class WrongActivation(ValueError):
+    """A training would be sound with another activation: it has what this one does not take, or lacks what it needs."""
 
 
 class SideHyperparameters(Schema):
@@ -79,9 +83,9 @@ class Hyperparameters(Schema):
 
     def _check_k(self) -> None:
         if self.k is None:
-            raise ValueError(f"activation {self.activation} needs k, the number of features kept per token")
+            raise WrongActivation(f"activation {self.activation} needs k, the number of features kept per token")
         if self.penalty is not None or self._given("sparsity_coefficient", "target_l0"):
-            raise ValueError(
+            raise WrongActivation(
                 f"activation {self.activation} takes k; penalty, sparsity_coefficient and target_l0 belong to relu"
             )
         for side, name in ((self.query_side, ""), (self.key_side, "key_")):
@@ -90,34 +94,34 @@ class Hyperparameters(Schema):
 
     def _check_penalty(self) -> None:
         if self._given("k"):
-            raise ValueError(
+            raise WrongActivation(
                 f"k belongs to activations topk and batchtopk; {self.activation} takes "
                 + ("penalty and sparsity_coefficient" if self.activation == "relu" else "sparsity_coefficient")
             )
-        if (self.penalty is None) == (self.activation == "relu"):
-            raise ValueError(
-                "activation relu needs penalty and sparsity_coefficient"
-                if self.activation == "relu"
-                else "activation jumprelu takes no penalty: it counts active features itself"
-            )
+        if self.activation == "jumprelu" and self.penalty is not None:
+            raise WrongActivation("activation jumprelu takes no penalty: it counts active features itself")
         if self.activation == "jumprelu" and self._given("target_l0"):
-            raise ValueError("target_l0 belongs to activation relu; jumprelu takes sparsity_coefficient")
-        if (self.sparsity_coefficient is None) == (self.target_l0 is None):
-            raise ValueError(
-                f"activation {self.activation} needs sparsity_coefficient"
-                + (", or target_l0 instead" if self.activation == "relu" else "")
-                if self.target_l0 is None
-                else "sparsity_coefficient and target_l0 exclude each other; keep one"
-            )
-        if self.key_sparsity_coefficient is not None and self.sparsity_coefficient is None:
-            raise ValueError("key_sparsity_coefficient needs sparsity_coefficient, the query side's")
-        if self.key_target_l0 is not None and self.target_l0 is None:
-            raise ValueError("key_target_l0 needs target_l0, the query side's")
+            raise WrongActivation("target_l0 belongs to activation relu; jumprelu takes sparsity_coefficient")
+        for name in ("sparsity_coefficient", "target_l0"):
+            if getattr(self, f"key_{name}") is not None and getattr(self, name) is None:
+                raise ValueError(f"key_{name} needs {name}, the query side's")
+        self._check_what_relu_and_jumprelu_need()
         for side, name in ((self.query_side, ""), (self.key_side, "key_")):
             if side.target_l0 is not None and side.target_l0 >= side.dictionary_size:
                 raise ValueError(
                     f"{name}target_l0 {side.target_l0:g} is not below {name}dictionary_size {side.dictionary_size}"
                 )
+
+    def _check_what_relu_and_jumprelu_need(self) -> None:
+        lacking = []
+        if self.activation == "relu" and self.penalty is None:
+            lacking.append(f"penalty ({', '.join(get_args(Penalty))})")
+        if self.sparsity_coefficient is None and self.target_l0 is None:
+            lacking.append("sparsity_coefficient" + (", or target_l0 instead" if self.activation == "relu" else ""))
+        if lacking:
+            raise WrongActivation(f"activation {self.activation} needs {' and '.join(lacking)}")
+        if self.sparsity_coefficient is not None and self.target_l0 is not None:
+            raise ValueError("sparsity_coefficient and target_l0 exclude each other; keep one")
 
     def _given(self, *names: str) -> bool:
         return any(getattr(self, prefix + name) is not None for name in names for prefix in ("", "key_"))

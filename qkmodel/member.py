@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
-from qkmodel.pattern_kl import TruePattern, pattern_kl
+from qkmodel.kernels.pattern_kl_terms import TruePattern
+from qkmodel.pattern_kl import pattern_kl
 from qkmodel.reference import LayerReference
 from qkmodel.sparsity import PENALTIES, JumpReLU, jump_penalty
 from qkmodel.sparsity_control import Coefficient

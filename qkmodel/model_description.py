@@ -5,18 +5,18 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from qkmodel.configs import ModelConfig
 from qkmodel.errors import InputError
-from qkmodel.files import user_path, write_atomically
+from qkmodel.files import user_cache_folder, user_path, write_atomically
 from qkmodel.gguf_file import convert_llama_gguf, llama_config, read_gguf_header
 
 _TOKENIZER_FILES = (
@@ -53,6 +53,8 @@ BUNDLED_MODELS = {
 class ModelDescription:
     """A language model's identity and shape.
 
+    `soft_cap` is that of attention scores, None where they have none; `vocabulary_matrices` counts the matrices with
+    a row for each of `vocabulary_size` tokens: one where input and output share it.
     `slug` is the name made fit for file names. `weights_sha256` covers weights, configuration and, with
     `trust_remote_code`, the code that comes with them; `tokenizer_sha256` the tokenizer's files. Neither depends
     on where the files lie.
@@ -68,6 +70,9 @@ class ModelDescription:
     d_head: int
     d_model: int
     max_context: int
+    soft_cap: float | None
+    vocabulary_size: int
+    vocabulary_matrices: int
 
 
 def describe_model(config: ModelConfig) -> ModelDescription:
@@ -103,7 +108,7 @@ def model_folder(config: ModelConfig) -> Path:
     if config.name not in BUNDLED_MODELS:
         return _source_folder(config)
     source = _bundled_file(config.name)
-    folder = _cache_folder() / "models" / f"{_slug(config.name)}-{_file_sha256(source)[:16]}"
+    folder = user_cache_folder() / "models" / f"{_slug(config.name)}-{_file_sha256(source)[:16]}"
     if not folder.is_dir():
         convert_llama_gguf(source, folder)
     return folder
@@ -124,6 +129,9 @@ def _describe_bundled(name: str) -> ModelDescription:
         d_head=shape["head_dim"],
         d_model=shape["hidden_size"],
         max_context=shape["max_position_embeddings"],
+        soft_cap=None,
+        vocabulary_size=shape["vocab_size"],
+        vocabulary_matrices=1 if shape["tie_word_embeddings"] else 2,
     )
 
 
@@ -208,7 +216,7 @@ def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
-def _shape_from_folder(folder: Path, config: ModelConfig) -> dict[str, int]:
+def _shape_from_folder(folder: Path, config: ModelConfig) -> dict[str, Any]:
     # takes seconds, and a bundled model does without
     from transformers import AutoConfig
 
@@ -223,6 +231,9 @@ def _shape_from_folder(folder: Path, config: ModelConfig) -> dict[str, int]:
             "d_head": getattr(text, "head_dim", None) or text.hidden_size // n_heads,
             "d_model": text.hidden_size,
             "max_context": text.max_position_embeddings,
+            "soft_cap": getattr(text, "attn_logit_softcapping", None),
+            "vocabulary_size": text.vocab_size,
+            "vocabulary_matrices": 1 if getattr(text, "tie_word_embeddings", True) else 2,
         }
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -244,7 +255,7 @@ def _file_sha256(file: Path) -> str:
         return file.name
     stat = file.stat()
     identity = {"path": str(file), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    memo = _cache_folder() / "sha256" / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"
+    memo = user_cache_folder() / "sha256" / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"
     # a memo that is damaged, or cannot be kept, only costs the time of hashing again
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         known = json.loads(memo.read_text())
@@ -256,10 +267,6 @@ def _file_sha256(file: Path) -> str:
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memo, json.dumps({**identity, "sha256": sha256}).encode())
     return sha256
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkmodel"
 
 
 def _slug(name: str) -> str:

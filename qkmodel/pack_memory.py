@@ -4,9 +4,13 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from qkmodel.attention import AttentionGeometry
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
+from qkmodel.kernels.pattern_kl_cpu import blocks_of
+from qkmodel.model_description import ModelDescription
 from qkmodel.pattern_comparison import EVALUATION_BATCH
 from qkmodel.transcode import SPARSE_SHARE
 
@@ -22,6 +26,22 @@ BATCHES = 3
 # What a process takes before its first pack, Ray's worker included; and machine code and buffers from then on.
 LIBRARIES_BYTES = 700_000_000
 RUNNING_BYTES = 185_000_000
+# In a forward pass of the model: for each entry of the residual stream, and for each attention score of the layer that
+# is at work (as multiplied, scaled, masked, normalised).
+HIDDEN_BYTES, SCORE_BYTES = 40, 16
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """What a pack runs the language model for: the activations it trains on, cross-entropies at the end, or both.
+
+    `products` is the element type of the model's matrix products.
+    """
+
+    model: ModelDescription
+    products: Literal["bfloat16", "float32"]
+    streamed: bool
+    patched: bool
 
 
 def pack_bytes(
@@ -31,16 +51,42 @@ def pack_bytes(
     context: int,
     threads: int,
     device: str = "cpu",
+    use: ModelUse | None = None,
 ) -> int:
     """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once.
 
-    Evaluation, in batches of its own size, is reckoned as steps of that size.
+    Evaluation, in batches of its own size, is reckoned as steps of that size; cross-entropies follow it.
     """
+    forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
     batch = max(batch, EVALUATION_BATCH)
     lasting = sum(LASTING_BYTES * _parameters(member, geometry) for member in members)
     steps = sorted((_step_bytes(member, geometry, batch * context, device) for member in members), reverse=True)
-    fixed = LIBRARIES_BYTES + RUNNING_BYTES
-    return fixed + lasting + sum(steps[:threads]) + BATCHES * _shared_bytes(geometry, batch, context)
+    training = sum(steps[:threads]) + BATCHES * _shared_bytes(geometry, batch, context, device) + forward
+    patching = min(threads, len(members)) * _patched_bytes(use, context) if use is not None and use.patched else 0
+    weights = _weight_bytes(use.model) if use is not None else 0
+    return LIBRARIES_BYTES + RUNNING_BYTES + weights + lasting + max(training, patching)
+
+
+def _weight_bytes(model: ModelDescription) -> int:
+    """A language model's float32 weights; twelve d_model² weights a layer is what transformers have."""
+    return 4 * model.d_model * (12 * model.n_layers * model.d_model + model.vocabulary_matrices * model.vocabulary_size)
+
+
+def _forward_bytes(model: ModelDescription, batch: int, context: int) -> int:
+    """A pass of `batch` sequences up to some layer."""
+    return batch * context * (HIDDEN_BYTES * model.d_model + SCORE_BYTES * model.n_heads * context)
+
+
+def _patched_bytes(use: ModelUse, context: int) -> int:
+    """A pass of an evaluation's sequences with a pattern patched in, and their cross-entropy.
+
+    Logits come when no layer is at work any more; those of one sequence and their log-probabilities are in float32.
+    """
+    model, tokens = use.model, EVALUATION_BATCH * context
+    logits = (2 if use.products == "bfloat16" else 4) * tokens + 8 * context
+    pattern = 4 * tokens * model.n_heads * context
+    hidden = HIDDEN_BYTES * tokens * model.d_model
+    return pattern + max(_forward_bytes(model, EVALUATION_BATCH, context), hidden + logits * model.vocabulary_size)
 
 
 def _sides(member: Hyperparameters, geometry: AttentionGeometry) -> list[tuple[SideHyperparameters, int]]:
@@ -67,8 +113,17 @@ def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: in
     return total
 
 
-def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int) -> int:
-    """A batch's inputs (as they are and rounded), true queries and keys likewise, and p and log p in float32."""
+def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:
+    """A batch's inputs (as they are and rounded), true queries and keys likewise, and the true pattern."""
     widths = geometry.d_model + (geometry.n_heads + geometry.n_kv_heads) * geometry.d_head
-    scores = batch * geometry.n_heads * context * (context + 1) // 2
-    return 6 * batch * context * widths + 8 * scores
+    return 6 * batch * context * widths + _pattern_bytes(geometry, batch, context, device)
+
+
+def _pattern_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:
+    """p, log p and, with a soft-cap, raw scores of all blocks, in float32; on a GPU a number for each row."""
+    rows = batch * geometry.n_heads
+    if device != "cpu":
+        return 4 * rows * context
+    blocks = blocks_of(context, geometry.window)
+    scores = sum((queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in blocks)
+    return (8 if geometry.soft_cap is None else 12) * rows * scores

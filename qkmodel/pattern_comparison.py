@@ -16,7 +16,7 @@ from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
 from qkmodel.kernels import pattern_comparison_cpu, pattern_comparison_plain
 from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
-from qkmodel.kernels.pattern_kl_cpu import Keys, Queries, TruePattern
+from qkmodel.kernels.pattern_kl_terms import Keys, Queries, TruePattern
 from qkmodel.pattern_kl import true_pattern
 
 EVALUATION_BATCH = 8

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.kernels import pattern_kl_cpu
-from qkmodel.kernels.pattern_kl_cpu import FULL_WEIGHT, Keys, Queries, TruePattern
+from qkmodel.kernels.pattern_kl_terms import FULL_WEIGHT, Keys, Queries, TruePattern
 
 
 def _form(device: torch.device) -> ModuleType:

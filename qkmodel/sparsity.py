@@ -77,7 +77,7 @@ class BatchTopK(Activation):
         return torch.where(pre > self.threshold, torch.relu(pre), 0.0)
 
     def training_forward(self, pre: Batch) -> Batch:
-        counted = pre[:, 1:].flatten()
+        counted = pre.detach()[:, 1:].flatten()
         smallest = counted.topk(self.budget(pre.shape[0], pre.shape[1]), sorted=False).values.min()
         self.follow(smallest.clamp(min=0.0))
         return torch.where(pre >= smallest, torch.relu(pre), 0.0)

@@ -18,12 +18,12 @@ from qkmodel.kernels.sparse_cpu import (
     choose_largest,
     choose_largest_of_batch,
     choose_positive,
+    count_active,
     count_fired,
     count_positive,
     decode_chosen,
     encode_chosen,
     keep_largest,
-    tally,
 )
 from qkmodel.products import linear, product_dtype
 from qkmodel.sparsity import BatchTopK, ReLU, TopK
@@ -129,11 +129,7 @@ def _training_code(transcoder: Transcoder, inputs: CentredInputs) -> Code | None
 def _transcode_sparsely(transcoder: Transcoder, inputs: CentredInputs, code: Code) -> Side:
     weights = (transcoder.W_enc, transcoder.b_enc, transcoder.W_dec, transcoder.b_out)
     y, f = _SparseTranscoder.apply(*weights, inputs.x, code)
-    active, smallest = tally(inputs.context, code.starts, code.values)
-    if isinstance(transcoder.activation, BatchTopK):
-        # with fewer positive ones than the budget everything positive is kept
-        is_full = active >= transcoder.activation.budget(len(y) // inputs.context, inputs.context)
-        transcoder.activation.follow(torch.tensor(smallest if is_full else 0.0))
+    active = count_active(inputs.context, code.starts, code.values)
     return Side(y, None, f, torch.from_numpy(code.features).long(), active)
 
 
@@ -146,11 +142,19 @@ def _encode_largest(transcoder: Transcoder, inputs: CentredInputs, count: int) -
 
 
 def _encode_largest_of_batch(transcoder: Transcoder, activation: BatchTopK, inputs: CentredInputs) -> Code:
+    """The largest features of the batch; the activation's threshold moves towards the smallest of them.
+
+    That is the one that chose, from rounded products: the least exact value among the chosen is that of a feature
+    which rounding lifted over it, and lies lower (by 0.7 % on SmolLM2's layer 8, which is 1.5 % in l0).
+    """
     bits = _pre_activation_bits(transcoder, inputs)
     batch = len(bits) // inputs.context
     budget = activation.budget(batch, inputs.context)
     starts, features = np.empty(len(bits) + 1, np.int64), np.empty(budget + batch * bits.shape[1], np.int32)
-    choose_largest_of_batch(bits, inputs.context, budget, starts, features)
+    smallest = choose_largest_of_batch(bits, inputs.context, budget, starts, features)
+    # with fewer positive ones than the budget everything positive is kept
+    kept = torch.from_numpy(np.array(smallest if smallest > 1 else 0, bits.dtype)).view(inputs.rounded.dtype)
+    activation.follow(kept.float())
     return _with_values(transcoder, inputs, starts, features)
 
 

@@ -19,7 +19,7 @@ from orchestrator.search.space import (
     values,
 )
 from qkmodel.errors import InputError
-from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.hyperparameters import Hyperparameters, WrongActivation
 
 
 def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings: int) -> None:
@@ -146,8 +146,9 @@ def _explain(where: str, alternative: Alternative, error: ValidationError) -> st
         message = "is too large" if is_too_long else first["msg"].replace("Input should be", "has to be")
         value = first["input"] if isinstance(first["input"], int) else f"{first['input']:g}"
         return f"{where}.{first['loc'][0]}: {value} {message}"
-    reason = str(first["ctx"]["error"])
-    if len(values(alternative["activation"])) > 1:
+    cause = first["ctx"]["error"]
+    reason = str(cause)
+    if isinstance(cause, WrongActivation) and len(values(alternative["activation"])) > 1:
         reason += "; write one alternative per activation, as a list of mappings"
     return f"{where}: {reason}"
 

@@ -4,34 +4,14 @@ NumPy has no bfloat16, so kernels see such tensors as int16. `number` and `store
 bfloat16 (int16), float32 and float64; Numba compiles the body that fits an array's type.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-# Sums may be reordered to vectorise. Not `ninf`: a score of −inf is a key that cannot be seen.
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp", "nnan"}
-
-
-def kernel(function: Any) -> Any:
-    """Compiles a loop at first use, keeps the machine code on disk, and lets other Python threads run meanwhile."""
-    return njit(function, nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
-
-
-def inlined(function: Any) -> Any:
-    """Compiles a part of kernels, always into its caller.
-
-    Called instead, it would stand in the process twice where the caller was compiled rather than read from disk: once
-    by itself and once optimised with the caller, and the two may round differently.
-    """
-    return njit(function, nogil=True, fastmath=FAST_MATH, error_model="numpy", forceinline=True)
-
-
-_INLINED = {"forceinline": True}
+from qkmodel.kernels.machine_code import INLINED
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -60,7 +40,7 @@ def number(stored):
     """A stored element as a number. Like the two below, exists inside compiled code only."""
 
 
-@overload(number, jit_options=_INLINED)
+@overload(number, jit_options=INLINED)
 def _number(stored):
     if isinstance(stored, types.Integer):
         return lambda stored: _float_of(np.int32(stored) << np.int32(16))
@@ -71,7 +51,7 @@ def store(array, row, column, value):
     """Writes a number, rounded to nearest even where the array is bfloat16."""
 
 
-@overload(store, jit_options=_INLINED)
+@overload(store, jit_options=INLINED)
 def _store(array, row, column, value):
     if isinstance(array.dtype, types.Integer):
 
@@ -92,7 +72,7 @@ def exponential(x):
     """exp(x) for x ≤ 0; in float32 to 2e-7 relative, and 0 below −87."""
 
 
-@overload(exponential, jit_options=_INLINED)
+@overload(exponential, jit_options=INLINED)
 def _exponential(x):
     if x == types.float64:
         return lambda x: np.exp(x)

@@ -6,17 +6,17 @@ Works on score differences, as `pattern_kl_cpu` does: log p̂ = log p + Δs − 
 import numpy as np
 import torch
 
-from qkmodel.kernels.numerics_cpu import as_array, exponential, inlined, kernel
+from qkmodel.kernels.machine_code import inlined, kernel
+from qkmodel.kernels.numerics_cpu import as_array, exponential
 from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_cpu import (
-    Keys,
-    Queries,
     TruePattern,
     group_size,
     pair_chunks,
     score_differences,
     soft_cap_differences,
 )
+from qkmodel.kernels.pattern_kl_terms import Keys, Queries
 from qkmodel.kernels.rotary_cpu import prepare
 
 

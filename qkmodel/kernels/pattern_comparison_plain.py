@@ -9,10 +9,8 @@ from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
+from qkmodel.kernels.pattern_kl_terms import Keys, Queries
 from qkmodel.pattern_kl import row_kl
-
-Queries = Float[Tensor, "batch context n_heads d_head"]
-Keys = Float[Tensor, "batch context n_kv_heads d_head"]
 
 
 @torch.no_grad()

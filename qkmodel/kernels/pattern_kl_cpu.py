@@ -21,16 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
-from qkmodel.kernels.numerics_cpu import as_array, exponential, inlined, kernel, number, store
+from qkmodel.kernels.machine_code import inlined, kernel
+from qkmodel.kernels.numerics_cpu import as_array, exponential, number, store
+from qkmodel.kernels.pattern_kl_terms import FULL_WEIGHT, Keys, Queries
 from qkmodel.kernels.rotary_cpu import prepare, restore
 
-FULL_WEIGHT = 3.0
 # Query positions in a block, and scores handled at once: within a tenth of the fastest tried on SmolLM2's shapes.
 BLOCK_POSITIONS = 64
 BLOCK_SCORES = 160_000
-
-Queries = Float[Tensor, "batch context n_heads d_head"]
-Keys = Float[Tensor, "batch context n_kv_heads d_head"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class TruePattern:
     """What every training of a pack compares itself with.
 
     `queries` are rotated and scaled, `keys` rotated; the `_product` forms are the same in the element type of the
-    matrix products. Memory: 8 bytes for each visible score of the batch (12 with a soft-cap).
+    matrix products. Memory: 8 bytes for each score of the batch's blocks (12 with a soft-cap).
     """
 
     layer: AttentionLayer
@@ -70,13 +68,15 @@ def true_pattern(layer: AttentionLayer, q: Queries, k: Keys, product_dtype: torc
     queries = (layer.rotate(q) * geometry.scale).unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     queries, keys = queries.contiguous(), layer.rotate(k).transpose(1, 2).flatten(0, 1).contiguous()
     blocks = []
-    for rows, columns in _blocks(context, geometry.window):
+    for rows, columns in blocks_of(context, geometry.window):
         raw = queries[:, rows.start * group : rows.stop * group] @ keys[:, columns].mT
         cap = geometry.soft_cap
         scores = raw if cap is None else torch.tanh(raw / cap) * cap
         mask = _mask(rows.start, rows.stop, columns.start, geometry.window).repeat_interleave(group, 0)
         log_p = (scores + mask.to(scores.dtype)).log_softmax(-1)
-        blocks.append(TrueBlock(rows, columns, log_p, log_p.exp(), raw if cap is not None else raw[:0]))
+        # without a soft-cap not even a view: it would keep the scores
+        kept = raw if cap is not None else raw.new_empty(0, *raw.shape[1:])
+        blocks.append(TrueBlock(rows, columns, log_p, log_p.exp(), kept))
     return TruePattern(layer, queries, keys, queries.to(product_dtype), keys.to(product_dtype), blocks)
 
 
@@ -173,7 +173,7 @@ def _softmax_gradients(by_query, by_key, by_both, log_p, p, raw, soft_cap, sums,
     capped = soft_cap > 0
     full, query, key = np.empty(width, p.dtype), np.empty(width, p.dtype), np.empty(width, p.dtype)
     full_slope, query_slope, key_slope = np.ones(width, p.dtype), np.ones(width, p.dtype), np.ones(width, p.dtype)
-    three, one, lowest = p.dtype.type(3.0), p.dtype.type(1.0), p.dtype.type(-np.inf)
+    full_weight, one, lowest = p.dtype.type(FULL_WEIGHT), p.dtype.type(1.0), p.dtype.type(-np.inf)
     for pair in range(pairs):
         for row in range(height):
             truth, log_truth = p[pair, row], log_p[pair, row]
@@ -202,7 +202,7 @@ def _softmax_gradients(by_query, by_key, by_both, log_p, p, raw, soft_cap, sums,
             sums[0] += np.log(full_sum) + full_max - full_mean
             sums[1] += np.log(query_sum) + query_max - query_mean
             sums[2] += np.log(key_sum) + key_max - key_mean
-            _gradients(full, three / full_sum, truth, three, capped, full_slope)
+            _gradients(full, full_weight / full_sum, truth, full_weight, capped, full_slope)
             _gradients(query, one / query_sum, truth, one, capped, query_slope)
             _gradients(key, one / key_sum, truth, one, capped, key_slope)
             for j in range(width):
@@ -260,8 +260,11 @@ def _mask(row: int, row_stop: int, column: int, window: int | None) -> Float[Ten
     return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
-def _blocks(context: int, window: int | None) -> list[tuple[slice, slice]]:
-    """Blocks of query positions with the key positions that any of them can see."""
+def blocks_of(context: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Blocks of query positions with the key positions that any of them can see.
+
+    Memory is taken for all scores of a block, those above the diagonal too.
+    """
     blocks = []
     for start in range(0, context, BLOCK_POSITIONS):
         stop = min(start + BLOCK_POSITIONS, context)

@@ -27,10 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
+from qkmodel.kernels.pattern_kl_terms import Keys, Queries
 from qkmodel.kernels.pattern_kl_triton_kernels import key_gradient, query_gradient, row_normalisers, true_log_sums
-
-Queries = Float[Tensor, "batch context n_heads d_head"]
-Keys = Float[Tensor, "batch context n_kv_heads d_head"]
 
 
 class Tile(NamedTuple):

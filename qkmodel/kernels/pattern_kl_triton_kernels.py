@@ -9,8 +9,9 @@ a tile of scores is [left, right], and its transpose is never formed. `query_cha
 import triton
 import triton.language as tl
 
-# The full reconstruction's weight in the pattern loss.
-FULL_WEIGHT = tl.constexpr(3.0)
+from qkmodel.kernels import pattern_kl_terms
+
+FULL_WEIGHT = tl.constexpr(pattern_kl_terms.FULL_WEIGHT)
 
 
 @triton.jit

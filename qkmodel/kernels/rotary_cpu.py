@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
-from qkmodel.kernels.numerics_cpu import as_array, kernel, number, store
+from qkmodel.kernels.machine_code import kernel
+from qkmodel.kernels.numerics_cpu import as_array, number, store
 
 
 def prepare(

@@ -9,7 +9,7 @@ A `code` is (starts, features, values): token t activates `features[starts[t]:st
 
 import numpy as np
 
-from qkmodel.kernels.numerics_cpu import inlined, kernel
+from qkmodel.kernels.machine_code import inlined, kernel
 
 
 @kernel
@@ -30,8 +30,8 @@ def choose_largest(bits, k, starts, features):
 def choose_largest_of_batch(bits, context, budget, starts, features):
     """The `budget` largest positive pre-activations of all tokens but those at position 0, the first of equal ones.
 
-    Position 0 keeps what is as large as the smallest of them. `features` has room for the budget and for every
-    feature of every position 0.
+    Position 0 keeps what is as large as the smallest of them, which is returned, as bits: 1 if fewer are positive.
+    `features` has room for the budget and for every feature of every position 0.
     """
     starts[0] = 0
     threshold = _kth_largest(bits, budget, context)
@@ -41,6 +41,7 @@ def choose_largest_of_batch(bits, context, budget, starts, features):
             starts[token + 1], _ = _keep(bits[token], threshold, bits.shape[1], starts[token], features)
         else:
             starts[token + 1], spare = _keep(bits[token], threshold, spare, starts[token], features)
+    return threshold
 
 
 @kernel
@@ -167,17 +168,15 @@ def add_gradients(x, starts, features, values, w_dec, dy, d_values, g_w_enc, g_b
 
 
 @kernel
-def tally(context, starts, values):
-    """How many values are positive, and the smallest of them, position 0 left out (0 if there is none)."""
-    active, smallest = 0, np.float32(np.inf)
+def count_active(context, starts, values):
+    """How many values are positive, position 0 left out."""
+    active = 0
     for token in range(len(starts) - 1):
         if token % context == 0:
             continue
         for place in range(starts[token], starts[token + 1]):
-            if values[place] > 0:
-                active += 1
-                smallest = min(smallest, values[place])
-    return active, smallest if active > 0 else np.float32(0.0)
+            active += values[place] > 0
+    return active
 
 
 @kernel

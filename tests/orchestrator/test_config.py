@@ -123,6 +123,17 @@ BROKEN_VALUES = {
         "penalty: l1\n    k: 8",
         ["search.space", "k belongs to activations topk and batchtopk"],
     ),
+    "target l0 without penalty": (
+        "penalty: l1\n    sparsity_coefficient: {low: 1e-3, high: 3e-2, log: true, points: 4}",
+        "target_l0: 8",
+        ["search.space: activation relu needs penalty (l1, sqrt, tanh, p_annealing)"],
+    ),
+    "target l0 of keys alone": (
+        "sparsity_coefficient: {low: 1e-3, high: 3e-2, log: true, points: 4}",
+        "key_target_l0: 8",
+        ["search.space: key_target_l0 needs target_l0, the query side's"],
+    ),
+    "nothing for a word": ("10_000", "10_000, learning_rate_schedule: null", ["null is unknown; known: constant, lin"]),
     "misspelt range": ("low: 1e-3", "lo: 1e-3", ["search.space.sparsity_coefficient.lo", "did you mean low?"]),
     "range with a word": ("low: 1e-3", "low: tiny", ["search.space.sparsity_coefficient.low", '"tiny"', "number"]),
     "range upside down": ("low: 1e-3", "low: 1", ["search.space.sparsity_coefficient", "1", "0.03"]),
@@ -171,6 +182,17 @@ def test_a_broken_value_is_answered_with_key_value_and_remedy(case: str, tmp_pat
     path.write_text(GOOD.replace(before, after, 1))
     message = message_of(path)
     assert [part for part in expected if part not in message.removeprefix(str(path))] == [], message
+
+
+def test_a_remedy_is_named_only_where_it_helps(good: Path) -> None:
+    assert message_of(
+        good, "search.space={dictionary_size: 8, activation: relu, target_l0: 3, learning_rate: 1}"
+    ).endswith("activation relu needs penalty (l1, sqrt, tanh, p_annealing)")
+    space = "dictionary_size: 64, learning_rate: 1, activation"
+    too_large = message_of(good, f"search.space={{{space}: [topk, batchtopk], k: 65}}")
+    assert too_large.endswith("search.space: k 65 is larger than dictionary_size 64")
+    mixed = message_of(good, f"search.space={{{space}: [topk, relu], k: 6}}")
+    assert mixed.endswith("write one alternative per activation, as a list of mappings")
 
 
 # what the whole file holds -> what the message has to say

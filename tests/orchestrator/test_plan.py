@@ -6,6 +6,7 @@ import itertools
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import insert, update
@@ -15,11 +16,11 @@ from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.ledger_tables import MetricRow, TrainingRow
-from orchestrator.pack_size import kinds_of_training
+from orchestrator.pack_size import kinds_of_training, memory_of_pack
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_checks import machine_cpus
 from orchestrator.search.space import Range
-from qkmodel.activations import CacheRequest, missing_work, request_bytes
+from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import TOPK_GRID, write_sweep
 
@@ -137,6 +138,50 @@ def test_packs_shrink_to_what_memory_holds(tmp_path: Path, monkeypatch: pytest.M
         plan_of(file, *overrides)
     with pytest.raises(InputError, match=r"pack: a pack of 3 takes about .* fewer trainings in a pack"):
         plan_of(file, *overrides, "pack=3")
+
+
+def test_a_pack_that_runs_the_model_takes_its_weights_and_what_a_pass_takes(tmp_path: Path) -> None:
+    file, context = write_sweep(tmp_path), 1024
+    fixed = [f"corpus.context={context}", f"training.tokens={504 * context}", "pack=1"]
+    trained, streamed, patched = (
+        plan_of(file, *fixed, *more).pack_bytes
+        for more in (
+            ["training.cross_entropy_sequences=0"],
+            ["training.cross_entropy_sequences=0", "activations.max_bytes=1GB"],
+            ["training.cross_entropy_sequences=8"],
+        )
+    )
+    # SmolLM2's 134.5 M weights; batches of 8 sequences, 9 heads, 49,152 tokens to choose from
+    weights, scores = 4 * 134.5e6, 4 * 8 * 9 * context**2
+    assert streamed - trained > weights + 4 * scores
+    assert patched > 0.7e9 + weights + scores + 2 * 8 * context * 49_152
+
+
+def test_a_pack_fits_the_smallest_gpu_whatever_others_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = [80 * 10**9, 3 * 10**9, 80 * 10**9]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda one: SimpleNamespace(total_memory=memories[one]))
+    for module in ("plan", "plan_checks"):
+        monkeypatch.setattr(f"orchestrator.{module}.machine_cpus", lambda: 16)
+    file = write_sweep(tmp_path)
+    large = ["resources.pack.gpu=1", "search.space.dictionary_size=[512,131072]"]
+    with pytest.raises(
+        InputError, match=r"search\.space\.dictionary_size: a pack of 1 takes .*, and there are 3\.0 GB"
+    ):
+        plan_of(file, *large)
+    memories[1] = 80 * 10**9
+    more = ["search.space.seed=[0,1,2,3]", "search.trainings=32"]
+    alone = plan_of(file, *large, *more)
+    assert (alone.slots, alone.pack_size) == (3, 8)
+    memories[2] = round(alone.pack_bytes / 0.7) + 1
+    assert plan_of(file, *large, *more).pack_size == 8
+    # six packs at once, of which two share a GPU
+    shared = plan_of(file, *large, *more, "resources.pack.gpu=0.5")
+    assert shared.slots == 6
+    half = 0.7 * memories[2] / 2
+    assert shared.pack_bytes <= half < memory_of_pack(shared.config, shared.model, shared.pack_size + 1, False)
 
 
 def test_kinds_of_training_are_all_that_cost_differently() -> None:

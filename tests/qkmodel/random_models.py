@@ -103,6 +103,9 @@ def wrap(hf_model: PreTrainedModel) -> LanguageModel:
         d_head=getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
         d_model=config.hidden_size,
         max_context=CONTEXT,
+        soft_cap=getattr(config, "attn_logit_softcapping", None),
+        vocabulary_size=config.vocab_size,
+        vocabulary_matrices=1 if config.tie_word_embeddings else 2,
     )
     return LanguageModel(hf_model, None, description)
 

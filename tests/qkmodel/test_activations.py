@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qkmodel.activation_build import build_activation_cache
+from qkmodel.activation_request import CacheRequest, missing_work
 from qkmodel.activations import (
     MANIFEST,
     SHARD_SEQUENCES,
@@ -18,10 +19,8 @@ from qkmodel.activations import (
     TOKENS,
     ActivationCache,
     CacheKey,
-    CacheRequest,
     Manifest,
     map_shard,
-    missing_work,
     read_manifest,
 )
 from qkmodel.corpus import TokenisedCorpus

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, GptOssConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GptOssConfig, LlamaConfig, MistralConfig
 
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.attention_extraction import check_pattern, extract_attention_layer
@@ -126,8 +126,9 @@ _SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
             LlamaConfig(**_SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}),
             "LlamaForCausalLM layer 1: rotary scaling dynamic",
         ),
+        (MistralConfig(**_SMALL, sliding_window=1), "MistralForCausalLM layer 1: a window of one token"),
     ],
-    ids=["alibi", "sinks", "dynamic rotary"],
+    ids=["alibi", "sinks", "dynamic rotary", "window of one"],
 )
 def test_unsupported_attention_is_refused_by_name(config: object, message: str) -> None:
     hf_model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)

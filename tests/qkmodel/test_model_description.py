@@ -16,7 +16,7 @@ from qkmodel import model_description
 from qkmodel.configs import ModelConfig
 from qkmodel.errors import InputError
 from qkmodel.model_description import BundledModel, describe_model
-from tests.qkmodel.random_models import CONFIGS, random_hf_model
+from tests.qkmodel.random_models import CONFIGS, VOCABULARY, random_hf_model
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ def test_shape_of_a_folder(folder: Path) -> None:
     description = describe_model(ModelConfig(name=str(folder)))
     assert (description.n_layers, description.n_heads, description.n_kv_heads) == (3, 4, 2)
     assert (description.d_head, description.d_model, description.max_context) == (8, 32, 64)
+    assert (description.soft_cap, description.vocabulary_size, description.vocabulary_matrices) == (2.0, VOCABULARY, 1)
     assert (description.name, description.slug) == (str(folder), "gemma")
 
 

@@ -122,6 +122,32 @@ def test_batchtopks_threshold_follows_the_batches_and_decides_alone_at_the_end()
     assert (transcoder.activation(pre) > 0).tolist() == [[False, True, False]]
 
 
+@pytest.mark.parametrize("features", [40, 64], ids=["dense", "sparse"])
+def test_batchtopks_threshold_keeps_as_much_of_exact_values_as_rounded_ones_chose(features: int) -> None:
+    given, kept, scales = inputs(1000, torch.bfloat16), 0, 8
+    for scale in range(scales):
+        transcoder = random_transcoder(features, BatchTopK(3))
+        # so that the threshold lies now below, now above the numbers that round to it
+        transcoder.W_enc.data *= 2 ** (scale / scales)
+        side = transcode(transcoder, given)
+        assert (side.features is None) == (features == 40)
+        pre = torch.nn.functional.linear(given.x, transcoder.W_enc, transcoder.b_enc).unflatten(0, (-1, CONTEXT))
+        kept += (transcoder.activation(pre)[:, 1:] > 0).sum().item()
+    assert kept == pytest.approx(scales * 3 * 1000 * (CONTEXT - 1), rel=3e-3)
+
+
+def test_what_batchtopk_chooses_by_is_not_differentiated() -> None:
+    class Watched(BatchTopK):
+        def follow(self, smallest: Tensor) -> None:
+            assert not smallest.requires_grad
+            super().follow(smallest)
+
+    pre = torch.rand(2, CONTEXT, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    f = Watched(2).training_forward(pre)
+    f.sum().backward()
+    assert torch.equal(pre.grad, (f > 0).float())
+
+
 def test_a_budget_that_is_not_used_up_keeps_everything_positive_either_way() -> None:
     sparse, dense = random_transcoder(64, BatchTopK(3)), random_transcoder(64, BatchTopK(3))
     for transcoder in (sparse, dense):
