@@ -55,6 +55,9 @@ def sweep(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin everything anew; what was trained before stays beside it.")
     ] = False,
+    git_diff: Annotated[
+        bool, typer.Option("--git-diff", help="Have MLflow keep what this checkout changes in its commit.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Start or continue a sweep: train what FILE asks for and is not there yet, then show the fronts."""
@@ -63,7 +66,7 @@ def sweep(
         with _naming(file):
             _print_plan(config, as_json, fresh)
         return
-    _run(config, file, as_json, fresh)
+    _run(config, file, as_json, fresh, git_diff)
 
 
 @app.command()
@@ -78,6 +81,9 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     console.print(state_table(study_statuses(ledger)))
     for failure in record["failures"]:
         console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
+    if record["owed"]["trainings"]:
+        trainings, reports = counted(record["owed"]["trainings"], "training"), record["owed"]["reports"]
+        console.print(f"not in MLflow yet: {trainings}, {counted(reports, 'report')} (orchestrate track SWEEP)")
 
 
 @app.command()
@@ -111,6 +117,27 @@ def ui(
     messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
     command = ui_command(address, port)
     os.execve(command[0], command, os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+@app.command()
+def track(sweep: SweepArgument) -> None:
+    """Deliver to MLflow what it does not have of a sweep: for one whose server was away."""
+    from orchestrator.driver_lock import only_driver
+    from orchestrator.starts import Lease
+    from orchestrator.tracking import Tracker, TrackingUnavailable
+
+    ledger, (tracking, storage) = _open_ledger(sweep), _tracking(sweep)
+    with only_driver(ledger.folder):
+        lease = Lease(ledger)
+        try:
+            tracker = Tracker(tracking, storage, ledger)
+            tracker.deliver("KILLED" if ledger.counts()["open"] else "FINISHED")
+        except TrackingUnavailable as error:
+            _say_error(str(error))
+            raise typer.Exit(1) from error
+        finally:
+            lease.release()
+    messages.print(f"MLflow at {tracker.address} has everything", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -172,7 +199,7 @@ def _say_error(line: str) -> None:
     messages.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool) -> None:
+def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: bool) -> None:
     from orchestrator.plan import make_plan
 
     # planned before the seconds that ray and mlflow take to import: most mistakes show here
@@ -184,7 +211,7 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool) -> None:
 
     try:
         with _naming(file), (TerminalView if messages.is_terminal else LogView)(messages) as view:
-            outcome = run_sweep(plan, view)
+            outcome = run_sweep(plan, view, git_diff)
     except RayStopped as error:
         _say_error(str(error))
         raise typer.Exit(1) from error
@@ -196,6 +223,7 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool) -> None:
         _print_fronts(outcome.ledger)
     if outcome.tracking_error is not None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
+        messages.print(f"once it is there: orchestrate track {shlex.quote(str(file))}", markup=False, soft_wrap=True)
     folder = shlex.quote(str(outcome.ledger.folder))
     messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
     if outcome.stopped:
@@ -276,20 +304,24 @@ def _sweep_folder(sweep: str) -> Path:
     raise InputError(f"{sweep}: no sweep of that name; give a sweep's folder, its sweep file, or a name below runs/")
 
 
+def _tracking(sweep: str | None) -> tuple[str | None, Path]:
+    """The `tracking` and `storage` of a sweep, or of every sweep in runs/."""
+    if sweep is None:
+        return None, Path("runs")
+    if Path(sweep).is_file():
+        config = load_sweep(Path(sweep))
+        return config.tracking, Path(config.storage).expanduser()
+    tracking = _open_ledger(sweep).sweep().config["tracking"]
+    if tracking is not None and HIDDEN in tracking:
+        raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file instead")
+    return tracking, _sweep_folder(sweep).parent
+
+
 def _tracking_address(sweep: str | None) -> str:
     """Where MLflow keeps a sweep's runs, or those of every sweep in runs/."""
     from orchestrator.tracking import tracking_address
 
-    if sweep is not None and Path(sweep).is_file():
-        config = load_sweep(Path(sweep))
-        tracking, storage = config.tracking, Path(config.storage).expanduser()
-    elif sweep is not None:
-        tracking, storage = _open_ledger(sweep).sweep().config["tracking"], _sweep_folder(sweep).parent
-        if tracking is not None and HIDDEN in tracking:
-            raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file: orchestrate ui FILE")
-    else:
-        tracking, storage = None, Path("runs")
-    address, _ = tracking_address(tracking, storage)
+    address, _ = tracking_address(*_tracking(sweep))
     file = sqlite_file(address)
     if file is not None and not file.is_file():
         raise InputError(f"{file}: no tracking store here; run a sweep first, or name one: orchestrate ui SWEEP")

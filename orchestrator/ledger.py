@@ -186,6 +186,12 @@ class Ledger(StudyRecords):
         with self.transaction() as session:
             return [Report(**own_fields(row, Report)) for row in session.scalars(statement)]
 
+    def count_reports(self, training_id: str, after: int) -> int:
+        """How many reports there are with a `report_id` above `after`."""
+        conditions = (ReportRow.training_id == training_id, ReportRow.report_id > after)
+        with self.transaction() as session:
+            return session.scalar(select(func.count()).select_from(ReportRow).where(*conditions))
+
     def counts(self, study_id: str | None = None) -> dict[State, int]:
         """Trainings per state; every state is there."""
         statement = select(TrainingRow.state, func.count()).group_by(TrainingRow.state)

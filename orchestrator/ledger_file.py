@@ -15,7 +15,7 @@ from orchestrator.ledger_tables import Table
 from qkmodel.errors import InputError
 
 LEDGER_FILE = "ledger.sqlite"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BUSY_TIMEOUT_SECONDS = 30
 
 

@@ -16,18 +16,31 @@ class StudyRecords(LedgerFile):
     """The part of a `Ledger` that is written when the sweep starts."""
 
     def open_sweep(
-        self, name: str, config: Mapping[str, Any], git_sha: str | None, versions: Mapping[str, str], attempt: int = 0
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        git_sha: str | None,
+        versions: Mapping[str, str],
+        attempt: int = 0,
+        facts: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> SweepRecord:
         """Record the sweep, or that it was started again with a perhaps changed configuration.
 
-        `attempt` counts how often everything was begun afresh.
+        `attempt` counts how often everything was begun afresh; `facts` are what people want to know of this start:
+        `machine` and `plan`.
 
         Raises InputError when the ledger belongs to a sweep of another name.
         """
-        facts = {"config": dict(config), "git_sha": git_sha, "versions": dict(versions), "attempt": attempt}
+        record = {
+            "config": dict(config),
+            "git_sha": git_sha,
+            "versions": dict(versions),
+            "attempt": attempt,
+            "facts": {kind: dict(values) for kind, values in (facts or {}).items()},
+        }
         with self.transaction() as session:
-            statement = insert(SweepRow).values(sweep=1, name=name, created=datetime.now(UTC), **facts)
-            session.execute(statement.on_conflict_do_update(index_elements=["sweep"], set_=facts))
+            statement = insert(SweepRow).values(sweep=1, name=name, created=datetime.now(UTC), **record)
+            session.execute(statement.on_conflict_do_update(index_elements=["sweep"], set_=record))
             row = session.get_one(SweepRow, 1)
             if row.name != name:
                 raise InputError(f"{self.path} belongs to sweep {row.name!r}, not {name!r}: use another folder")

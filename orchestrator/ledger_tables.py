@@ -16,7 +16,7 @@ STATES: tuple[State, ...] = ("open", "running", "finished", "stopped", "failed")
 class SweepRecord:
     """`config` is the resolved sweep file, passwords redacted; `versions` maps package to version.
 
-    `attempt` counts how often everything was begun afresh.
+    `attempt` counts how often everything was begun afresh; `facts` describe the latest start: `machine` and `plan`.
     """
 
     name: str
@@ -24,6 +24,7 @@ class SweepRecord:
     config: dict[str, Any]
     git_sha: str | None
     versions: dict[str, str]
+    facts: dict[str, dict[str, Any]]
     created: datetime
 
 
@@ -175,6 +176,7 @@ class SweepRow(Table):
     config: Mapped[dict[str, Any]]
     git_sha: Mapped[str | None]
     versions: Mapped[dict[str, Any]]
+    facts: Mapped[dict[str, Any]]
     created: Mapped[datetime]
 
 

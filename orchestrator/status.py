@@ -1,12 +1,13 @@
 """A sweep's state in figures, for the live table, `orchestrate status` and `orchestrate fronts`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import STATES, State, Study, Training
 from orchestrator.pareto import front_trainings, hypervolume
 from orchestrator.study_names import study_titles
+from orchestrator.tracking_notes import owed
 
 FRONT_METRICS = (
     "kl",
@@ -108,6 +109,7 @@ def status_record(ledger: Ledger) -> dict[str, Any]:
         "trainings": {state: sum(status.counts[state] for status in current) for state in STATES},
         "tokens_done": sum(status.tokens_done for status in current),
         "tokens_planned": sum(status.tokens_planned for status in current),
+        "owed": asdict(owed(ledger)),
         "studies": [
             {
                 "study_id": status.study.study_id,

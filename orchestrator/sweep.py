@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from orchestrator.budget import Budget, Limits
 from orchestrator.checkpoints import Checkpoints
+from orchestrator.driver_lock import only_driver
 from orchestrator.late_checks import check_plan
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
@@ -27,18 +27,17 @@ from orchestrator.plan_figures import steps_per_training, storage_folder, tokens
 from orchestrator.preparation import Preparation, prepare
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
+from orchestrator.start_facts import machine_facts, plan_facts
 from orchestrator.starts import Lease
 from orchestrator.study_plan import StudyPlan
 from orchestrator.tracking import EndStatus, Tracker
 from orchestrator.tracking_thread import TrackingThread
-from orchestrator.versions import git_sha, package_versions
+from orchestrator.versions import GIT_DIFF_FILE, git_diff, git_sha, package_versions
 from qkmodel.activation_build import BuildProgress
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
-from qkmodel.errors import InputError
-from qkmodel.files import exclusive
+from qkmodel.files import write_atomically
 from qkmodel.products import product_dtype
 
-LOCK_FILE = "lock"
 TRACKING_INTERVAL_SECONDS = 5.0
 
 
@@ -68,9 +67,10 @@ class SweepView(Protocol):
     def training_started(self, plan: SweepPlan, ledger: Ledger) -> None: ...
 
 
-def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
+def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> SweepOutcome:
     """Trains what the plan asks for and the ledger does not hold, and brings MLflow up to date.
 
+    With `with_git_diff` MLflow gets what this source tree changes in its commit.
     Raises InputError before anything is created when the file asks for something that cannot be had, and when
     another process is at work on the same sweep; RayStopped when Ray ends before the packs do, and KeyboardInterrupt
     when the process was asked to end, with every training in the ledger to be continued.
@@ -78,7 +78,7 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
     with contextlib.ExitStack() as held:
         was_there = plan.folder.is_dir()
         if was_there:
-            held.enter_context(_only_driver(plan.folder))
+            held.enter_context(only_driver(plan.folder))
             # the process before this one may have ended just now
             plan = make_plan(plan.config, fresh=plan.fresh)
         for line in plan.change_lines:
@@ -94,19 +94,10 @@ def run_sweep(plan: SweepPlan, view: SweepView) -> SweepOutcome:
         del checked
         if not was_there:
             plan.folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_only_driver(plan.folder))
+            held.enter_context(only_driver(plan.folder))
+        if with_git_diff:
+            write_atomically(plan.folder / GIT_DIFF_FILE, git_diff().encode())
         return _run_prepared(plan, prepared, view)
-
-
-def _only_driver(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Holds the sweep against other drivers; workers that a dead one left behind do not hold it."""
-
-    def refuse(holder: str) -> None:
-        raise InputError(
-            f"name: process {holder} is at work on the sweep in {folder}; wait for it or end it, or choose another name"
-        )
-
-    return exclusive(folder / LOCK_FILE, refuse)
 
 
 def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView) -> SweepOutcome:
@@ -124,7 +115,8 @@ def _run_leased(
     config = plan.config
     # from here on workers of an earlier start write nothing
     grant(plan.folder, start)
-    ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions(), plan.attempt)
+    facts = {"machine": machine_facts(), "plan": plan_facts(plan)}
+    ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions(), plan.attempt, facts)
     for study in plan.studies:
         ledger.open_study(
             study.study_id,

@@ -24,7 +24,10 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Training
 from orchestrator.pareto import front_trainings
 from orchestrator.tracking_fronts import FrontArtifacts
+from orchestrator.tracking_notes import TRAINING, has_run
 from orchestrator.tracking_run import TrainingRun, milliseconds
+from orchestrator.tracking_summary import SweepSummary
+from orchestrator.versions import GIT_DIFF_FILE
 from qkmodel.errors import InputError
 from qkmodel.files import exclusive
 
@@ -143,6 +146,7 @@ class Tracker:
         children = _search(client, self._experiment, f"tags.`{PARENT_TAG}` = '{self._parent}'")
         self._runs = {run.data.tags[TRAINING_TAG]: run.info.run_id for run in children if TRAINING_TAG in run.data.tags}
         self._fronts = FrontArtifacts(client, self._ledger, self._parent)
+        self._summary = SweepSummary(client, self._ledger, self._parent)
         return client
 
     def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> None:
@@ -156,12 +160,15 @@ class Tracker:
             in_study = [training for training in trainings if training.study_id == study_id]
             members.update(training.training_id for training in front_trainings(in_study))
         for training in trainings:
-            if training.attempts == 0 and training.state == "open":
+            if not has_run(training):
                 continue
             run_id = self._runs.get(training.training_id) or self._create_run(client, training)
+            if TRAINING not in notes.get(run_id, {}):
+                self._ledger.note_delivered(run_id, TRAINING, training.training_id)
             run = TrainingRun(client, self._ledger, run_id, notes.get(run_id, {}))
             run.deliver(studies[training.study_id], training, is_member=training.training_id in members)
         self._fronts.deliver(trainings, parent_notes, is_last=ended is not None)
+        self._summary.deliver(parent_notes)
         self._deliver_status(client, parent_notes, ended)
 
     def _create_run(self, client: MlflowClient, training: Training) -> str:
@@ -180,11 +187,17 @@ class Tracker:
         sweep = self._ledger.sweep()
         # by the library that reads sweep files: others leave 0e0 unquoted, which it takes for a number
         text = OmegaConf.to_yaml(OmegaConf.create(sweep.config))
-        mark = json.dumps([text, sweep.git_sha, sweep.versions], sort_keys=True)
+        diff = self._ledger.folder / GIT_DIFF_FILE
+        changes = diff.read_text() if diff.is_file() else ""
+        mark = json.dumps([text, sweep.git_sha, sweep.versions, sweep.facts, changes], sort_keys=True)
         if notes.get("sweep") == mark:
             return
         client.log_text(self._parent, text, "sweep.yaml")
+        if changes:
+            client.log_text(self._parent, changes, GIT_DIFF_FILE)
         tags = {f"version.{package}": version for package, version in sweep.versions.items()}
+        for kind, facts in sweep.facts.items():
+            tags |= {f"{kind}.{name}": str(value) for name, value in facts.items()}
         if sweep.git_sha is not None:
             tags["mlflow.source.git.commit"] = sweep.git_sha
         client.log_batch(self._parent, tags=[RunTag(key, value) for key, value in tags.items()])

@@ -9,20 +9,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import State, Study, Training
+from orchestrator.ledger_tables import Study, Training
+from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, status_mark
 
 # MLflow's own limits for one batch
 MAX_METRICS, MAX_PARAMS = 1000, 100
 MAX_PARAM_CHARACTERS = 6000
-
-_RUN_STATUS: dict[State, str] = {
-    "open": "SCHEDULED",
-    "running": "RUNNING",
-    "finished": "FINISHED",
-    # MLflow has no word for it; the tag `state` does
-    "stopped": "KILLED",
-    "failed": "FAILED",
-}
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +41,10 @@ class TrainingRun:
 
     def _is_complete(self, training: Training) -> bool:
         """Whether reports and state of a training that has ended are there; most of a large sweep's have long been."""
-        status = self._notes.get("status", "")
-        has_ended = training.state in ("stopped", "failed") and status == _status_mark(training)
+        status = self._notes.get(STATUS, "")
+        has_ended = training.state in ("stopped", "failed") and status == status_mark(training)
         # what is finished reports no more, even if it is trained again
-        return has_ended or status.startswith("FINISHED")
+        return has_ended or status.startswith(RUN_STATUS["finished"])
 
     def _note(self, item: str, value: str) -> None:
         self._ledger.note_delivered(self._run_id, item, value)
@@ -68,25 +60,25 @@ class TrainingRun:
             **training.hyperparameters,
         }
         params = [Param(name, str(value)[:MAX_PARAM_CHARACTERS]) for name, value in values.items() if value is not None]
-        for batch in _batches(params, MAX_PARAMS):
+        for batch in batches(params, MAX_PARAMS):
             self._client.log_batch(self._run_id, params=batch)
         self._note("params", "all")
 
     def _deliver_reports(self, training: Training) -> None:
-        reports = self._ledger.reports(training.training_id, after=int(self._notes.get("reports", 0)))
-        for batch in _batches(reports, MAX_METRICS):
+        reports = self._ledger.reports(training.training_id, after=int(self._notes.get(REPORTS, 0)))
+        for batch in batches(reports, MAX_METRICS):
             metrics = [
                 Metric(report.name, report.value, milliseconds(report.recorded), report.tokens)
                 for report in batch
                 if report.value is not None
             ]
             self._client.log_batch(self._run_id, metrics=metrics)
-            self._note("reports", str(batch[-1].report_id))
+            self._note(REPORTS, str(batch[-1].report_id))
 
     def _deliver_state(self, training: Training) -> None:
         """The run's status; with `finished` also the final metrics, with `failed` also the reason."""
-        status, mark = _RUN_STATUS[training.state], _status_mark(training)
-        if self._notes.get("status") == mark:
+        status, mark = RUN_STATUS[training.state], status_mark(training)
+        if self._notes.get(STATUS) == mark:
             return
         tags = [RunTag("state", training.state)]
         if training.state == "failed":
@@ -100,15 +92,15 @@ class TrainingRun:
             if value is not None
         ]
         self._client.log_batch(self._run_id, tags=tags)
-        if training.state != "failed" and self._notes.get("status", "").startswith("FAILED"):
+        if training.state != "failed" and self._notes.get(STATUS, "").startswith(RUN_STATUS["failed"]):
             self._delete_tag("error")
-        for batch in _batches(final, MAX_METRICS):
+        for batch in batches(final, MAX_METRICS):
             self._client.log_batch(self._run_id, metrics=batch)
         if ended is None:
             self._client.update_run(self._run_id, status)
         else:
             self._client.set_terminated(self._run_id, status, ended)
-        self._note("status", mark)
+        self._note(STATUS, mark)
 
     def _deliver_dictionary(self, training: Training) -> None:
         path = self._ledger.folder / training.dictionary
@@ -136,14 +128,10 @@ class TrainingRun:
             self._client.delete_tag(self._run_id, name)
 
 
-def _status_mark(training: Training) -> str:
-    return f"{_RUN_STATUS[training.state]} {training.attempts}"
-
-
 def milliseconds(time: datetime) -> int:
     """As MLflow counts time."""
     return int(time.timestamp() * 1000)
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+def batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -5,6 +5,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+# in the sweep's folder, where the user asked for it
+GIT_DIFF_FILE = "git.diff"
 RECORDED_PACKAGES = ("torch", "transformer_lens", "transformers", "ray", "optuna", "mlflow", "safetensors", "numpy")
 
 
@@ -18,6 +20,14 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def git_diff() -> str:
+    """What this source tree changes in the commit it stands at; empty outside a checkout."""
+    try:
+        return _git("diff", "HEAD") if git_sha() is not None else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 @cache

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import socket
@@ -19,9 +20,11 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
 from orchestrator.tracking import Tracker, TrackingUnavailable, tracking_address
+from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
 
+REFERENCE = {"kl_baseline": 2.0, "l0_cap": 128.0}
 IDENTITY = {"corpus": {"context": 128}, "training": {"tokens": 1000}, "seed": 3}
 DEAD_ADDRESS = "http://user:hunter2@127.0.0.1:9"
 
@@ -47,6 +50,7 @@ def ledger(storage: Path) -> Ledger:
     ledger = Ledger(storage / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {"name": "l1", "layers": [8]}, "abc123", {"torch": "2.13.0"})
     ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
+    ledger.set_reference("study", REFERENCE)
     return ledger
 
 
@@ -313,6 +317,7 @@ def test_studies_of_one_layer_are_told_apart_and_keep_their_files(storage: Path,
     finish(ledger, "one", l0=16.0, kl=0.1)
     tracker.deliver()
     ledger.open_study("0123456789abcdef", "transcoder", 8, IDENTITY, model="m", corpus="other")
+    ledger.set_reference("0123456789abcdef", REFERENCE)
     start(ledger, "two", study="0123456789abcdef")
     finish(ledger, "two", l0=8.0, kl=0.2)
     start(ledger, "three", k=8)
@@ -487,6 +492,7 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
     ledger = Ledger(tmp_path / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {}, None, {})
     ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
+    ledger.set_reference("study", REFERENCE)
     tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path, ledger)
     start(ledger, "one")
     ledger.report("one", 100, {"loss": 1.0}, seconds=1.0)
@@ -529,3 +535,64 @@ def server(folder: Path, port: int) -> Iterator[None]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_the_parent_says_what_was_found_and_what_failed(storage: Path, ledger: Ledger) -> None:
+    ledger.open_sweep("l1", {}, "abc123", {}, facts={"machine": {"cpus": 2}, "plan": {"trainings": 3}})
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    start(ledger, "two", k=8)
+    ledger.fail("two", "diverged `twice`")
+    tracker = Tracker(None, storage, ledger)
+    tracker.deliver()
+    parent, _ = runs(storage)
+    assert (parent.data.tags["machine.cpus"], parent.data.tags["plan.trainings"]) == ("2", "3")
+    said = parent.data.tags["mlflow.note.content"]
+    assert "| L08 topk16 d512 lr3e-3 s0 | 16.0 | 0.1000 | 95.0% |  |" in said
+    assert "1 failed:\n\n- L08 topk8 d512 lr3e-3 s0: `diverged 'twice'`" in said
+    start(ledger, "three", k=4)
+    finish(ledger, "three", l0=4.0, kl=0.3)
+    tracker.deliver()
+    assert "| L08 topk4 d512 lr3e-3 s0 | 4.0 |" in runs(storage)[0].data.tags["mlflow.note.content"]
+
+
+def test_hypervolume_grows_along_the_tokens_of_ended_trainings(storage: Path, ledger: Ledger) -> None:
+    for number, (name, l0, kl) in enumerate([("one", 16.0, 0.1), ("two", 8.0, 0.2), ("three", 32.0, 0.4)]):
+        start(ledger, name, k=number + 1)
+        ledger.report(name, 100 * (number + 1), {}, seconds=1.0)
+        finish(ledger, name, l0=l0, kl=kl)
+        Tracker(None, storage, ledger).deliver()
+    start(ledger, "four", k=9)
+    ledger.report("four", 50, {}, seconds=1.0)
+    ledger.fail("four", "diverged")
+    Tracker(None, storage, ledger).deliver()
+    # areas in (log2 l0, log2 kl) up to (128, 2), by hand: 16 and 0.1; with 8 and 0.2; 32 and 0.4 add nothing
+    first = 3 * math.log2(2.0 / 0.1)
+    second = first + 1 * math.log2(2.0 / 0.2)
+    points = history(storage, runs(storage)[0], "hypervolume_L08")
+    assert [step for step, _ in points] == [100, 300, 600]
+    assert [value for _, value in points] == pytest.approx([first, second, second])
+
+
+def test_what_is_owed_is_known_without_asking_mlflow(storage: Path, ledger: Ledger) -> None:
+    assert owed(ledger) == Owed(0, 0)
+    start(ledger, "one")
+    ledger.report("one", 500, {"loss": 0.9, "kl": 0.5}, seconds=1.0)
+    start(ledger, "two", k=8)
+    assert owed(ledger) == Owed(2, 2)
+    Tracker(None, storage, ledger).deliver()
+    assert owed(ledger) == Owed(0, 0)
+    ledger.report("one", 900, {"loss": 0.4}, seconds=2.0)
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    assert owed(ledger) == Owed(1, 1)
+    Tracker(None, storage, ledger).deliver()
+    assert owed(ledger) == Owed(0, 0)
+
+
+def test_the_git_diff_is_kept_where_it_was_asked_for(storage: Path, ledger: Ledger) -> None:
+    tracker = Tracker(None, storage, ledger)
+    tracker.deliver()
+    assert artifacts(storage, runs(storage)[0], "") == {"sweep.yaml"}
+    (ledger.folder / "git.diff").write_text("+one more line\n")
+    tracker.deliver()
+    assert artifacts(storage, runs(storage)[0], "") == {"git.diff", "sweep.yaml"}

@@ -1,0 +1,53 @@
+"""What the ledger notes of what has arrived in MLflow, and what is owed by these notes."""
+
+from dataclasses import dataclass
+
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import State, Training
+
+RUN_STATUS: dict[State, str] = {
+    "open": "SCHEDULED",
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    # MLflow has no word for it; the tag `state` does
+    "stopped": "KILLED",
+    "failed": "FAILED",
+}
+# items of a training's run
+TRAINING, STATUS, REPORTS = "training", "status", "reports"
+
+
+@dataclass(frozen=True)
+class Owed:
+    """Trainings whose latest state MLflow has not heard of, and reports that it lacks."""
+
+    trainings: int
+    reports: int
+
+
+def status_mark(training: Training) -> str:
+    """What is noted of a run once a training's present state has arrived there."""
+    return f"{RUN_STATUS[training.state]} {training.attempts}"
+
+
+def has_run(training: Training) -> bool:
+    """Whether MLflow is to know of a training: from its first start on."""
+    return training.attempts > 0 or training.state != "open"
+
+
+def owed(ledger: Ledger) -> Owed:
+    """What MLflow lacks, as far as this ledger was told: a store that was emptied since is noticed at a delivery."""
+    notes: dict[str, dict[str, str]] = {}
+    for note in ledger.delivered().values():
+        if TRAINING in note:
+            notes[note[TRAINING]] = note
+    trainings, reports = 0, 0
+    for training in filter(has_run, ledger.trainings()):
+        note = notes.get(training.training_id, {})
+        status = note.get(STATUS, "")
+        # what has finished reports no more, even where it is trained again
+        if status == status_mark(training) or status.startswith(RUN_STATUS["finished"]):
+            continue
+        trainings += 1
+        reports += ledger.count_reports(training.training_id, after=int(note.get(REPORTS, 0)))
+    return Owed(trainings, reports)

@@ -1,0 +1,87 @@
+"""What a sweep's parent run says of the sweep as a whole: hypervolumes against tokens, and a description."""
+
+from collections.abc import Mapping, Sequence
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import Training
+from orchestrator.status import HypervolumesInTime, StudyStatus, study_statuses
+from orchestrator.study_names import study_names
+from orchestrator.tracking_run import MAX_METRICS, batches, milliseconds
+
+# the tag that MLflow's page of a run shows as its description, in Markdown
+DESCRIPTION_TAG = "mlflow.note.content"
+_MOST_FAILURES = 20
+
+
+class SweepSummary:
+    """What of the summary lies in one parent run."""
+
+    def __init__(self, client: MlflowClient, ledger: Ledger, parent: str) -> None:
+        self._client = client
+        self._ledger = ledger
+        self._parent = parent
+
+    def deliver(self, notes: Mapping[str, str]) -> None:
+        """Deliver what the run does not hold yet."""
+        names = study_names(self._ledger.studies())
+        statuses = study_statuses(self._ledger)
+        for status in statuses:
+            self._deliver_hypervolumes(status, names[status.study.study_id], notes)
+        text = "\n\n".join(_description(status, names[status.study.study_id]) for status in statuses)
+        if notes.get("description") != text:
+            self._client.set_tag(self._parent, DESCRIPTION_TAG, text)
+            self._ledger.note_delivered(self._parent, "description", text)
+
+    def _deliver_hypervolumes(self, status: StudyStatus, name: str, notes: Mapping[str, str]) -> None:
+        """A point per finished training: after how many tokens of the study's ended trainings, which hypervolume."""
+        finished = sum(training.state == "finished" for training in status.trainings)
+        sent = int(notes.get(f"hypervolume {name}", 0))
+        if finished <= sent:
+            return
+        points = hypervolume_points(self._ledger, status)[sent:]
+        metrics = [Metric(f"hypervolume_{name}", value, at, tokens) for tokens, at, value in points]
+        for batch in batches(metrics, MAX_METRICS):
+            self._client.log_batch(self._parent, metrics=batch)
+        self._ledger.note_delivered(self._parent, f"hypervolume {name}", str(finished))
+
+
+def hypervolume_points(ledger: Ledger, status: StudyStatus) -> list[tuple[int, int, float]]:
+    """(tokens of the trainings that had ended by then, time in ms, hypervolume) after each finished training."""
+    ended = [training for training in status.trainings if training.finished is not None]
+    ended.sort(key=lambda one: (one.finished, one.number))
+    values = iter(HypervolumesInTime(ledger, status.study.study_id).values)
+    tokens, points = 0, []
+    for training in ended:
+        tokens += training.tokens_done
+        if training.state == "finished":
+            points.append((tokens, milliseconds(training.finished), next(values)))
+    return points
+
+
+def _description(status: StudyStatus, name: str) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
+    lines = [f"### {name}", f"{counts}; {len(status.front)} on the front, hypervolume {status.hypervolume:.2f}", ""]
+    if status.front:
+        lines += ["| training | l0 | KL | recovered | recovered, no BOS |", "|---|---|---|---|---|"]
+        lines += [_front_row(training) for training in status.front]
+    failures = [training for training in status.trainings if training.state == "failed"]
+    lines += _failure_lines(failures)
+    return "\n".join(lines)
+
+
+def _front_row(training: Training) -> str:
+    figures = training.metrics
+    no_bos = figures.get("kl_recovered_no_bos")
+    shown = "" if no_bos is None else f"{no_bos:.1%}"
+    return f"| {training.label} | {figures['l0']:.1f} | {figures['kl']:.4f} | {figures['kl_recovered']:.1%} | {shown} |"
+
+
+def _failure_lines(failures: Sequence[Training]) -> list[str]:
+    if not failures:
+        return []
+    shown = [f"- {one.label}: `{(one.error or '').replace('`', chr(39))}`" for one in failures[:_MOST_FAILURES]]
+    rest = len(failures) - len(shown)
+    return ["", f"{len(failures)} failed:", "", *shown, *([f"- and {rest} more"] if rest else [])]
