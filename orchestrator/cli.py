@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -101,22 +100,33 @@ def ui(
     sweep: Annotated[
         str | None, typer.Argument(metavar="[SWEEP]", help="A sweep; left out: the store of all sweeps in runs/.")
     ] = None,
-    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65534)] = 5000,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Open optuna-dashboard too, on the sweep's studies, one port further.")
+    ] = False,
 ) -> None:
     """Open the MLflow UI on a sweep's tracking store; Ctrl-C closes it."""
-    from orchestrator.mlflow_ui import is_free, ui_command
+    from orchestrator.web_pages import mlflow_command, require_free, serve
 
+    commands = []
     address = _tracking_address(sweep)
     if address.startswith("http"):
-        messages.print(
-            f"this sweep is tracked by the MLflow server at {redact_url(address)}", markup=False, soft_wrap=True
-        )
-        return
-    if not is_free(port):
-        raise InputError(f"--port: {port} is in use on this machine; give another")
-    messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
-    command = ui_command(address, port)
-    os.execve(command[0], command, os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+        server = redact_url(address)
+        messages.print(f"this sweep is tracked by the MLflow server at {server}", markup=False, soft_wrap=True)
+    else:
+        require_free(port)
+        commands.append(mlflow_command(address, port))
+        messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
+    if dashboard:
+        from orchestrator.dashboard import dashboard_command, export_studies
+
+        if sweep is None:
+            raise InputError("--dashboard: shows one sweep's studies; give it: orchestrate ui SWEEP --dashboard")
+        require_free(port + 1)
+        commands.append(dashboard_command(export_studies(_open_ledger(sweep)), port + 1))
+        messages.print(f"optuna-dashboard: http://127.0.0.1:{port + 1}")
+    if commands and not serve(commands):
+        raise typer.Exit(1)
 
 
 @app.command()

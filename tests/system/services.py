@@ -1,6 +1,7 @@
-"""A Ray cluster of several nodes and an MLflow server on this machine, whose parts can be killed one by one."""
+"""What a sweep may have beside it, on this machine: a Ray cluster of several nodes, an MLflow server, PostgreSQL."""
 
 import contextlib
+import getpass
 import os
 import secrets
 import shutil
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -103,10 +104,22 @@ class RayCluster:
 
 
 class MlflowServer:
-    """`mlflow server` on an SQLite file, which outlives it."""
+    """`mlflow server` on a store that outlives it: an SQLite file in `folder`, or the database at `store`.
 
-    def __init__(self, folder: Path) -> None:
+    `options` go to its command line, `environment` beside this process's own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: str | None = None,
+        options: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._folder = folder
+        self._store = store or f"sqlite:///{folder}/server.db"
+        self._options = options
+        self._environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **(environment or {})}
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
@@ -115,13 +128,14 @@ class MlflowServer:
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
             *("--host", "127.0.0.1", "--port", str(self._port)),
-            *("--backend-store-uri", f"sqlite:///{self._folder}/server.db"),
+            *("--backend-store-uri", self._store),
             *("--artifacts-destination", str(self._folder / "server-artifacts")),
+            *self._options,
         ]
         with (self._folder / "server.log").open("a") as log:
             self._process = subprocess.Popen(
                 command,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env=os.environ | self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -138,3 +152,43 @@ class MlflowServer:
 
     def kill(self) -> None:
         kill_session(self._process)
+
+
+class PostgresServer:
+    """PostgreSQL with one empty database, from Debian's packages; over a Unix socket nobody else may use."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="pg"))
+        # the server refuses to run as root
+        self._as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+        if self._as_user:
+            shutil.chown(self.folder, "postgres")
+        self._run("initdb", "--no-sync", "-D", f"{self.folder}/data")
+        self._start()
+        self._run("createdb", "-h", str(self.folder), "mlflow")
+
+    @staticmethod
+    def is_installed() -> bool:
+        return _postgres_program("initdb") is not None
+
+    @property
+    def url(self) -> str:
+        user = "postgres" if self._as_user else getpass.getuser()
+        return f"postgresql+psycopg2://{user}@/mlflow?host={self.folder}"
+
+    def _start(self) -> None:
+        options = f"-k {self.folder} -c listen_addresses="
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-o", options, "-l", f"{self.folder}/log", "-w", "start")
+
+    def close(self) -> None:
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "stop")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [*self._as_user, _postgres_program(program), *arguments]
+        subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL)
+
+
+def _postgres_program(name: str) -> str | None:
+    places = [str(folder) for folder in Path("/usr/lib/postgresql").glob("*/bin")]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))

@@ -1,0 +1,53 @@
+"""Serving pages about a sweep on this machine's loopback address until somebody ends it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from qkmodel.errors import InputError
+
+CHECK_SECONDS = 0.5
+
+
+def require_free(port: int) -> None:
+    """Raises InputError when somebody answers on this port of the loopback address."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise InputError(f"--port: {port} is in use on this machine; give another")
+
+
+def serve(commands: Sequence[Sequence[str]]) -> bool:
+    """Runs all commands until this process is asked to end, or one of them ends by itself: then the answer is False."""
+    # one worker per server is enough for one person
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        processes += [subprocess.Popen(command, env=environment) for command in commands]
+        while all(process.poll() is None for process in processes):
+            time.sleep(CHECK_SECONDS)
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def mlflow_command(address: str, port: int) -> list[str]:
+    """The command that serves a database store on this machine's loopback address.
+
+    One worker and no job executor: the UI is for one person, and each further process costs seconds to start.
+    """
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--backend-store-uri", address),
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+    ]

@@ -1,0 +1,101 @@
+"""The stores that MLflow keeps runs in: PostgreSQL directly and behind a server, a server that asks for a password."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestrator.ledger import Ledger
+from orchestrator.tracking import Tracker, TrackingUnavailable
+from orchestrator.tracking_notes import Owed, owed
+from tests.orchestrator.test_tracking import IDENTITY, REFERENCE, finish, start
+from tests.system.services import MlflowServer, PostgresServer
+
+pytestmark = pytest.mark.system
+
+PASSWORD = "a-long-enough-password"
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    if not PostgresServer.is_installed():
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    ledger = Ledger(tmp_path / "runs" / "l1" / "ledger.sqlite")
+    ledger.open_sweep("l1", {}, None, {})
+    ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
+    ledger.set_reference("study", REFERENCE)
+    return ledger
+
+
+def deliver_in_two_parts(address: str, ledger: Ledger) -> None:
+    start(ledger, "one")
+    ledger.report("one", 100, {"loss": 1.0}, seconds=1.0)
+    Tracker(address, ledger.folder.parent, ledger).deliver()
+    ledger.report("one", 200, {"loss": 0.5}, seconds=2.0)
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    # as after a kill: another process, which knows nothing
+    again = Tracker(address, ledger.folder.parent, ledger)
+    again.deliver("FINISHED")
+    again.deliver("FINISHED")
+
+
+def assert_complete(client: MlflowClient) -> None:
+    found = client.search_runs([client.get_experiment_by_name("l1").experiment_id])
+    (parent,) = [run for run in found if "qk.sweep" in run.data.tags]
+    (child,) = [run for run in found if run.data.tags.get("qk.training_id") == "one"]
+    assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
+    points = client.get_metric_history(child.info.run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(100, 1.0), (200, 0.5)]
+    assert [point.value for point in client.get_metric_history(child.info.run_id, "kl")] == [0.1]
+    assert child.data.tags["pareto"] == "true"
+
+
+def test_postgresql_directly(postgres: PostgresServer, ledger: Ledger) -> None:
+    deliver_in_two_parts(postgres.url, ledger)
+    assert_complete(MlflowClient(postgres.url))
+
+
+def test_a_server_that_asks_for_a_password(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = MlflowServer(
+        tmp_path,
+        options=("--app-name", "basic-auth"),
+        environment={
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "for this test alone",
+            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+            "MLFLOW_AUTH_CONFIG_PATH": str(auth_settings(tmp_path)),
+        },
+    )
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not the password")
+        start(ledger, "waiting", k=4)
+        with pytest.raises(TrackingUnavailable) as refused:
+            Tracker(server.url, tmp_path, ledger).deliver()
+        assert "not the password" not in str(refused.value)
+        assert owed(ledger) == Owed(1, 0)
+        ledger.fail("waiting", "not of interest")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        deliver_in_two_parts(server.url, ledger)
+        assert_complete(MlflowClient(server.url))
+        assert owed(ledger) == Owed(0, 0)
+    finally:
+        server.kill()
+
+
+def auth_settings(folder: Path) -> Path:
+    """MLflow's settings for passwords, with the users' database in `folder`."""
+    path = folder / "auth.ini"
+    path.write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{folder}/users.db\nadmin_username = admin\nadmin_password = {PASSWORD}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    return path
