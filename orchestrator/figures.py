@@ -36,6 +36,8 @@ _LINE = "best at each l0, in this panel"
 _X_LABEL = "l0: active features per token, mean of query and key"
 _Y_LABEL = "KL recovered"
 _TOP = 1.02
+# of plotly
+L0_AXIS = {"type": "log", "title_text": _X_LABEL, "tickvals": [2**power for power in range(21)]}
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,9 @@ def front_panels_html(trainings: Sequence[Training]) -> dict[str, go.Figure]:
     """
     shown = _finished(trainings)
     frame = _Frame.around(shown)
-    figures = {}
-    for panel in _PANELS:
-        figures[panel.title] = go.Figure(_panel_traces(shown, panel, frame))
-        _frame_plotly(figures[panel.title], frame, is_empty=not shown)
+    figures = {panel.title: go.Figure(_panel_traces(shown, panel, frame)) for panel in _PANELS}
+    for figure in figures.values():
+        _frame_plotly(figure, frame, is_empty=not shown)
     return figures
 
 
@@ -115,7 +116,7 @@ def _panel_traces(shown: Sequence[Training], panel: _Panel, frame: "_Frame") -> 
 
 
 def _frame_plotly(figure: go.Figure, frame: "_Frame", is_empty: bool) -> None:
-    figure.update_xaxes(type="log", title_text=_X_LABEL, dtick="D2")
+    figure.update_xaxes(**L0_AXIS)
     figure.update_yaxes(title_text=_Y_LABEL, range=[frame.bottom, _TOP])
     figure.update_layout(
         template="plotly_white",
@@ -290,7 +291,7 @@ def _plotly_points(name: str, group: Sequence[Training], panel: _Panel, frame: _
 
 
 def hover_text(training: Training) -> str:
-    """What hovering over a training shows: label, id, hyperparameters, metrics; escaped for plotly, which reads tags."""
+    """Label, id, hyperparameters and metrics, for plotly, which reads tags: escaped."""
     shown = ("kl", "kl_recovered", "kl_recovered_no_bos", "l0", "l0_query", "l0_key", "top1")
     metrics = {name: training.metrics[name] for name in shown if name in training.metrics}
     lines = [training.label, training.training_id]

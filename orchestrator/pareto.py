@@ -85,11 +85,11 @@ def front_trainings(trainings: Sequence[Training]) -> list[Training]:
 
 
 def knee(front: Sequence[Training]) -> Training | None:
-    """The member of a front (as `front_trainings` gives it) where less KL begins to cost much more l0.
+    """The member of a front (as `front_trainings` gives it) where the exchange of KL for l0 turns most.
 
-    It is the one farthest from the chord between the front's ends, towards lower l0 and KL, in (log2 l0, log2 kl)
-    scaled to the box of the front: "Finding a 'Kneedle' in a Haystack", Satopaa et al. 2011, with the points as they
-    are in place of its smoothed curve. The sparsest of several such; None for an empty front.
+    It is the one farthest from the chord between the front's ends, in (log2 l0, log2 kl) scaled to the box of the
+    front: "Finding a 'Kneedle' in a Haystack", Satopaa et al. 2011, with the points as they are in place of a smoothed
+    curve. The sparsest of several such, an end only where there is nothing between the ends; None for an empty front.
     """
     if not front:
         return None
@@ -108,8 +108,13 @@ def knee_index(points: Sequence[Point]) -> int:
     left, right = min(x for x, _ in logs.values()), max(x for x, _ in logs.values())
     bottom, top = min(y for _, y in logs.values()), max(y for _, y in logs.values())
     width, height = right - left or 1.0, top - bottom or 1.0
-    # the chord runs from (0, 1) to (1, 0), so what a point's coordinates lack to 1 is its distance, times √2
-    return max(logs, key=lambda index: -((logs[index][0] - left) / width + (logs[index][1] - bottom) / height))
+
+    def from_chord(index: int) -> float:
+        # times √2: the chord runs from (0, 1) to (1, 0)
+        x, y = logs[index]
+        return abs((x - left) / width + (y - bottom) / height - 1)
+
+    return max(logs, key=from_chord)
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:

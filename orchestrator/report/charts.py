@@ -2,12 +2,13 @@
 
 import html
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from orchestrator.figures import hover_text
+from orchestrator.figures import L0_AXIS, hover_text
 from orchestrator.report.dictionary_facts import DictionaryFacts
 from orchestrator.report.sweep_facts import StudyFacts
 
@@ -36,7 +37,7 @@ def fronts_chart(studies: Sequence[StudyFacts]) -> go.Figure:
             hovertemplate="%{text}<extra></extra>",
             **style,
         )
-    figure.update_xaxes(type="log", dtick="D2", title_text="l0: active features per token, mean of query and key")
+    figure.update_xaxes(**L0_AXIS)
     figure.update_yaxes(title_text="KL recovered")
     return _laid_out(figure)
 
@@ -63,10 +64,11 @@ def l0_chart(facts: DictionaryFacts) -> go.Figure:
     # bins of whole numbers, as many as can be told apart
     width = max(1, -(-(most + 1) // _MOST_L0_BINS))
     edges = np.arange(0, most + 1 + width, width)
+    middles = (edges[:-1] + (width - 1) / 2).tolist()
+    ranges = [f"{low}" if width == 1 else f"{low} to {low + width - 1}" for low in edges[:-1]]
     for name, side in facts.activity.items():
         counts, _ = np.histogram(side.active.numpy(), edges)
-        ranges = [f"{low}" if width == 1 else f"{low} to {low + width - 1}" for low in edges[:-1]]
-        _add_bars(figure, name, (edges[:-1] + (width - 1) / 2).tolist(), counts.tolist(), ranges, "active: %{y:,} tokens")
+        _add_bars(figure, name, middles, counts.tolist(), ranges, "active: %{y:,} tokens")
     figure.update_xaxes(title_text="active features of a token")
     figure.update_yaxes(title_text="tokens")
     return _laid_out(figure)
@@ -79,7 +81,7 @@ def density_chart(facts: DictionaryFacts) -> go.Figure:
     decades = int(np.ceil(np.log10(tokens)))
     edges = np.linspace(-decades, 0, decades * _DENSITY_BINS_PER_DECADE + 1)
     middles = ((edges[1:] + edges[:-1]) / 2).tolist()
-    ranges = [f"{10**low:.2g} to {10**high:.2g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    ranges = [f"{10**low:.2g} to {10**high:.2g}" for low, high in pairwise(edges)]
     for name, side in facts.activity.items():
         density = side.density.numpy()
         counts, _ = np.histogram(np.log10(density[density > 0]), edges)
@@ -93,9 +95,7 @@ def density_chart(facts: DictionaryFacts) -> go.Figure:
     return _laid_out(figure)
 
 
-def _add_bars(
-    figure: go.Figure, side: str, x: list[float], counts: list[int], ranges: list[str], meaning: str
-) -> None:
+def _add_bars(figure: go.Figure, side: str, x: list[float], counts: list[int], ranges: list[str], meaning: str) -> None:
     colour, hatching = _SIDES[side]
     marker = {"color": colour, "pattern": {"shape": hatching, "fgcolor": "#08306b"}, "line": {"width": 0}}
     hover = f"{side}, %{{text}} {meaning}<extra></extra>"
@@ -121,4 +121,5 @@ def _styled(studies: Sequence[StudyFacts]) -> list[tuple[StudyFacts, dict]]:
 
 
 def _laid_out(figure: go.Figure) -> go.Figure:
+    figure.update_xaxes(ticks="outside")
     return figure.update_layout(template="plotly_white", showlegend=True, legend={"orientation": "h", "y": -0.25})

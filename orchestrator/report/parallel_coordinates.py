@@ -17,9 +17,19 @@ from orchestrator.ledger_tables import Training
 from orchestrator.report.charts import COLOURS
 from orchestrator.report.sweep_facts import StudyFacts
 
-METRICS = ("l0_query", "l0_key", "kl_recovered", "kl_recovered_no_bos", "top1", "dead_query", "dead_key", "ce_recovered")
+METRICS = (
+    "l0_query",
+    "l0_key",
+    "kl_recovered",
+    "kl_recovered_no_bos",
+    "top1",
+    "dead_query",
+    "dead_key",
+    "ce_recovered",
+)
 MOST_LINES = 500
 _SHADES = 8
+_MOST_MARKS = 5
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,11 @@ class _Axis:
         return {value: (number - numbers[0]) / spread for value, number in zip(values, numbers, strict=True)}
 
     def marks(self) -> dict[Any, float]:
-        """The values that are written beside the axis: a few, with room between them."""
-        kept: dict[Any, float] = {}
-        for value, place in self.places().items():
-            if not kept or place - max(kept.values()) >= 0.12:
-                kept[value] = place
-        return kept
+        """The values that are written beside the axis: all of a few, the ends of many."""
+        places = self.places()
+        if len(places) <= _MOST_MARKS:
+            return places
+        return {value: place for value, place in places.items() if place in (0.0, 1.0)}
 
 
 def parallel_coordinates(studies: Sequence[StudyFacts]) -> tuple[go.Figure, str | None]:
@@ -103,7 +112,9 @@ def _axes(trainings: Sequence[Training]) -> list[_Axis]:
     return axes + [axis for axis in metrics if axis.present]
 
 
-def _lines(group: Sequence[Training], axes: Sequence[_Axis], colour: str, is_member: bool, is_first: bool) -> go.Scatter:
+def _lines(
+    group: Sequence[Training], axes: Sequence[_Axis], colour: str, is_member: bool, is_first: bool
+) -> go.Scatter:
     places = [axis.places() for axis in axes]
     x: list[float | None] = []
     y: list[float | None] = []

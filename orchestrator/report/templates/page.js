@@ -119,7 +119,7 @@ class PatternView {
       view.cursors.forEach((cursor) => (cursor.hidden = true));
       view.canvases.forEach((canvas, side) => paint(canvas, this.patterns[side], head, this.size));
     });
-    this.readout.textContent = "No cell is pointed at.";
+    this.readout.textContent = "";
   }
 
   cellAt(canvas, event) {
