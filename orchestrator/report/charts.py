@@ -14,7 +14,7 @@ from orchestrator.report.sweep_facts import StudyFacts
 
 COLOURS = "viridis"
 # the palest yellows do not show on white
-_DARK_ENOUGH = 0.85
+DARK_ENOUGH = 0.85
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "x")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 # side -> colour and hatching
@@ -104,7 +104,7 @@ def _add_bars(figure: go.Figure, side: str, x: list[float], counts: list[int], r
 
 def _styled(studies: Sequence[StudyFacts]) -> list[tuple[StudyFacts, dict]]:
     """Each study with the colour, marker and dash it has in every chart."""
-    depths = np.linspace(0, _DARK_ENOUGH, max(len(studies), 1)).tolist()
+    depths = np.linspace(0, DARK_ENOUGH, max(len(studies), 1)).tolist()
     colours = sample_colorscale(COLOURS, depths)
     return [
         (

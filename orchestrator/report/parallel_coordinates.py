@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from orchestrator.ledger_tables import Training
-from orchestrator.report.charts import COLOURS
+from orchestrator.report.charts import COLOURS, DARK_ENOUGH
 from orchestrator.report.sweep_facts import StudyFacts
 
 METRICS = (
@@ -85,7 +85,7 @@ def parallel_coordinates(studies: Sequence[StudyFacts]) -> tuple[go.Figure, str 
     on_front = {one.training_id for study in studies for one in study.status.front}
     axes = _axes(trainings)
     figure = go.Figure()
-    shades = sample_colorscale(COLOURS, [shade / (_SHADES - 1) for shade in range(_SHADES)])
+    shades = sample_colorscale(COLOURS, [DARK_ENOUGH * shade / (_SHADES - 1) for shade in range(_SHADES)])
     for is_member in (False, True):
         groups: dict[int, list[Training]] = {}
         for rank, training in enumerate(trainings):
