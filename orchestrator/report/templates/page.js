@@ -82,8 +82,18 @@ class PatternView {
     this.heads = this.record.heads.map((kl, head) => this.makeHead(kl, head));
     const select = root.querySelector("select");
     select.addEventListener("change", () => this.show(Number(select.value)));
+    const heads = root.querySelector(".heads");
+    heads.addEventListener("focusout", () => this.forget());
+    // a finger that is lifted leaves too, and has read nothing yet
+    heads.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.forget());
     this.paintBar();
     this.show(0);
+  }
+
+  forget() {
+    this.heads.forEach((view) => view.cursors.forEach((cursor) => (cursor.hidden = true)));
+    this.spans.forEach((span) => span.classList.remove("query", "key"));
+    this.readout.textContent = "";
   }
 
   makeHead(kl, head) {
@@ -116,10 +126,9 @@ class PatternView {
     this.spans = this.tokens.map((token) => create("span", this.tokenLine, { textContent: token }));
     this.heads.forEach((view, head) => {
       view.cell = null;
-      view.cursors.forEach((cursor) => (cursor.hidden = true));
       view.canvases.forEach((canvas, side) => paint(canvas, this.patterns[side], head, this.size));
     });
-    this.readout.textContent = "";
+    this.forget();
   }
 
   cellAt(canvas, event) {
