@@ -182,6 +182,25 @@ def simulate(
     console.print(curves_table(record))
 
 
+@app.command()
+def report(
+    sweep: SweepArgument,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to; left out: report.html in the sweep's folder.")
+    ] = None,
+    training: Annotated[
+        str | None, typer.Option(metavar="ID", help="The training to examine; left out: the knee of each front.")
+    ] = None,
+) -> None:
+    """Write a sweep as one HTML page: fronts, costs, trainings, heads, features, attention on held-out text."""
+    from orchestrator.report.write import write_report
+
+    path, left_out = write_report(_open_ledger(sweep), output, training)
+    for line in left_out:
+        messages.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Does what the command line asks and returns the exit code; what goes wrong becomes one line."""
     warnings.filterwarnings("ignore")

@@ -36,6 +36,8 @@ _LINE = "best at each l0, in this panel"
 _X_LABEL = "l0: active features per token, mean of query and key"
 _Y_LABEL = "KL recovered"
 _TOP = 1.02
+# of plotly
+L0_AXIS = {"type": "log", "title_text": _X_LABEL, "tickvals": [2**power for power in range(21)]}
 
 
 @dataclass(frozen=True)
@@ -81,24 +83,42 @@ def front_html(trainings: Sequence[Training], title: str) -> go.Figure:
     """
     shown = _finished(trainings)
     frame = _Frame.around(shown)
-    members = {training.training_id for training in front_trainings(shown)}
     figure = make_subplots(rows=1, cols=len(_PANELS), subplot_titles=[panel.title for panel in _PANELS])
     for column, panel in enumerate(_PANELS, start=1):
-        for name, group in _groups(shown).items():
-            figure.add_trace(_plotly_points(name, group, panel, frame, members), row=1, col=column)
-        xs, ys = _steps(shown, panel)
-        line = {"shape": "hv", "color": _RED, "width": 1.5}
-        figure.add_trace(
-            go.Scatter(x=xs, y=ys, mode="lines", line=line, name=_LINE, legendgroup=_LINE, hoverinfo="skip"),
-            row=1,
-            col=column,
-        )
+        figure.add_traces(_panel_traces(shown, panel, frame), rows=1, cols=column)
     # the panels share their legend entries
     figure.for_each_trace(lambda trace: trace.update(showlegend=False), col=2)
-    figure.update_xaxes(type="log", title_text=_X_LABEL, dtick="D2")
+    figure.update_layout(title_text=f"{html.escape(title)}<br><sup>ringed: {_FRONT}</sup>")
+    _frame_plotly(figure, frame, is_empty=not shown)
+    return figure
+
+
+def front_panels_html(trainings: Sequence[Training]) -> dict[str, go.Figure]:
+    """The panels of `front_html` by title, each a figure of its own: side by side they need a wide screen.
+
+    Raises ValueError for trainings of several studies.
+    """
+    shown = _finished(trainings)
+    frame = _Frame.around(shown)
+    figures = {panel.title: go.Figure(_panel_traces(shown, panel, frame)) for panel in _PANELS}
+    for figure in figures.values():
+        _frame_plotly(figure, frame, is_empty=not shown)
+    return figures
+
+
+def _panel_traces(shown: Sequence[Training], panel: _Panel, frame: "_Frame") -> list[go.Scatter]:
+    members = {training.training_id for training in front_trainings(shown)}
+    traces = [_plotly_points(name, group, panel, frame, members) for name, group in _groups(shown).items()]
+    xs, ys = _steps(shown, panel)
+    line = {"shape": "hv", "color": _RED, "width": 1.5}
+    steps = go.Scatter(x=xs, y=ys, mode="lines", line=line, name=_LINE, legendgroup=_LINE, hoverinfo="skip")
+    return [*traces, steps]
+
+
+def _frame_plotly(figure: go.Figure, frame: "_Frame", is_empty: bool) -> None:
+    figure.update_xaxes(**L0_AXIS)
     figure.update_yaxes(title_text=_Y_LABEL, range=[frame.bottom, _TOP])
     figure.update_layout(
-        title_text=f"{html.escape(title)}<br><sup>ringed: {_FRONT}</sup>",
         template="plotly_white",
         legend={"orientation": "h", "y": -0.2},
         coloraxis={
@@ -110,9 +130,8 @@ def front_html(trainings: Sequence[Training], title: str) -> go.Figure:
             },
         },
     )
-    if not shown:
+    if is_empty:
         figure.add_annotation(text="no finished training yet", showarrow=False, xref="paper", yref="paper")
-    return figure
 
 
 @dataclass(frozen=True)
@@ -266,12 +285,13 @@ def _plotly_points(name: str, group: Sequence[Training], panel: _Panel, frame: _
         name=name,
         legendgroup=name,
         marker={"symbol": _markers(name)[1], "size": 11, "line": ring, **colour},
-        text=[_hover(training) for training, _ in placed],
+        text=[hover_text(training) for training, _ in placed],
         hovertemplate="%{text}<extra></extra>",
     )
 
 
-def _hover(training: Training) -> str:
+def hover_text(training: Training) -> str:
+    """Label, id, hyperparameters and metrics, for plotly, which reads tags: escaped."""
     shown = ("kl", "kl_recovered", "kl_recovered_no_bos", "l0", "l0_query", "l0_key", "top1")
     metrics = {name: training.metrics[name] for name in shown if name in training.metrics}
     lines = [training.label, training.training_id]

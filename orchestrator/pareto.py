@@ -1,4 +1,4 @@
-"""Fronts and hypervolume of (l0, kl) points; both are minimised."""
+"""Fronts, their knee, and hypervolume of (l0, kl) points; both coordinates are minimised."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -82,6 +82,39 @@ def front_trainings(trainings: Sequence[Training]) -> list[Training]:
     points = [(training.metrics["l0"], training.metrics["kl"]) for training in candidates]
     members = [candidates[index] for index in front(points)]
     return sorted(members, key=lambda training: (training.metrics["l0"], training.number))
+
+
+def knee(front: Sequence[Training]) -> Training | None:
+    """The member of a front (as `front_trainings` gives it) where the exchange of KL for l0 turns most.
+
+    It is the one farthest from the chord between the front's ends, in (log2 l0, log2 kl) scaled to the box of the
+    front: "Finding a 'Kneedle' in a Haystack", Satopaa et al. 2011, with the points as they are in place of a smoothed
+    curve. The sparsest of several such, an end only where there is nothing between the ends; None for an empty front.
+    """
+    if not front:
+        return None
+    return front[knee_index([(training.metrics["l0"], training.metrics["kl"]) for training in front])]
+
+
+def knee_index(points: Sequence[Point]) -> int:
+    """The same for the points of a front by ascending l0 (one at least). Those without logarithm are no knee."""
+    logs = {
+        index: (math.log2(l0), math.log2(kl))
+        for index, (l0, kl) in enumerate(points)
+        if 0 < l0 < math.inf and 0 < kl < math.inf
+    }
+    if not logs:
+        return 0
+    left, right = min(x for x, _ in logs.values()), max(x for x, _ in logs.values())
+    bottom, top = min(y for _, y in logs.values()), max(y for _, y in logs.values())
+    width, height = right - left or 1.0, top - bottom or 1.0
+
+    def from_chord(index: int) -> float:
+        # times √2: the chord runs from (0, 1) to (1, 0)
+        x, y = logs[index]
+        return abs((x - left) / width + (y - bottom) / height - 1)
+
+    return max(logs, key=from_chord)
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:

@@ -114,7 +114,7 @@ def evaluate_cross_entropy(
         numbers = range(start, min(start + EVALUATION_BATCH, sequences))
         tokens = cache.tokens("validation", numbers)
         x = cache.read(layer.geometry.layer, "validation", numbers).to(layer.w_q.device)
-        patterns = [partial(_pattern, transcoder, layer, x) for transcoder in transcoders]
+        patterns = [partial(reconstructed_pattern, transcoder, layer, x) for transcoder in transcoders]
         sums = model.cross_entropies(
             tokens, layer.geometry.layer, patterns, DTYPES[cache.manifest.key.products], threads
         )
@@ -124,9 +124,10 @@ def evaluate_cross_entropy(
 
 
 @torch.no_grad()
-def _pattern(
+def reconstructed_pattern(
     transcoder: QKTranscoder, layer: AttentionLayer, x: Float[Tensor, "batch context d_model"]
 ) -> Float[Tensor, "batch n_heads context context"]:
+    """p̂(q̂,k̂): the pattern that both sides' reconstructions make of `x`."""
     return layer.pattern(*(heads.unflatten(-1, (-1, layer.geometry.d_head)) for heads in transcoder(x)))
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qkmodel.configs import ModelConfig
 from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription, describe_model, model_folder
+from qkmodel.tokenizer import load_tokenizer
 
 
 class LanguageModel:
@@ -200,15 +201,12 @@ def load_language_model(config: ModelConfig, device: str = "cpu") -> LanguageMod
             local_files_only=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
-        )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"model.name {config.name}: {folder} cannot be loaded ({_line(error)})") from error
     # transformers fills what it misses with random numbers
     if loading["missing_keys"]:
         raise InputError(f"model.name {config.name}: {folder} lacks the weights {sorted(loading['missing_keys'])[0]}")
-    return LanguageModel(hf_model.to(device), tokenizer, description)
+    return LanguageModel(hf_model.to(device), load_tokenizer(config), description)
 
 
 def _line(error: Exception) -> str:

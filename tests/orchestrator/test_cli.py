@@ -76,6 +76,7 @@ def record(*arguments: str, cwd: Path) -> dict[str, Any]:
         (["sweep"], ["FILE", "KEY=VALUE", "--dry-run", "--json"]),
         (["status"], ["SWEEP", "--json"]),
         (["fronts"], ["SWEEP", "--json"]),
+        (["report"], ["SWEEP", "--output", "--training"]),
         (["ui"], ["SWEEP", "--port"]),
     ],
 )
@@ -123,6 +124,30 @@ def test_status_as_json(swept: Path) -> None:
             }
         ],
     }
+
+
+def test_report_says_where_it_is_and_what_it_lacks(swept: Path, tmp_path: Path) -> None:
+    ran = orchestrate("report", "small", "--output", str(tmp_path / "page.html"), cwd=swept)
+    assert (ran.returncode, ran.stdout) == (0, f"{tmp_path}/page.html\n")
+    early, late = ran.stderr.splitlines()
+    assert early.startswith("left out: layer 4: no training has finished yet")
+    assert late.startswith("left out: layer 8: features and sentences of L08 topk16")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert not (swept / "runs" / "small" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--training", "lost"], "error: --training: lost is failed; give one that is finished"),
+        (["--training", "none"], "error: --training: this sweep has no training none;"),
+        (["--output", "nowhere/page.html"], "error: --output: nowhere/page.html is no file in a folder that is there"),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused_in_a_line(swept: Path, arguments: list[str], reason: str) -> None:
+    ran = orchestrate("report", "small", *arguments, cwd=swept)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(reason) and ran.stderr.count("\n") == 1
 
 
 def test_fronts_as_json(swept: Path) -> None:

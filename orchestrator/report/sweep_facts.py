@@ -1,0 +1,81 @@
+"""What a report shows of the ledger: fronts, what they cost, and the training that each study is examined by."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import SweepRecord, Training
+from orchestrator.pareto import knee
+from orchestrator.status import StudyStatus, hypervolumes_in_time, study_statuses
+from orchestrator.study_names import study_names
+from qkmodel.errors import InputError
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """One study and the training that stands for it.
+
+    `name` is fit for an address within the page. `progress` are (tokens, hypervolume) after each training that
+    finished, the tokens being those of all the study's trainings that had ended by then. `chosen` is None where
+    nothing is on the front.
+    """
+
+    name: str
+    status: StudyStatus
+    progress: list[tuple[int, float]]
+    chosen: Training | None
+    is_knee: bool
+
+    @property
+    def finished(self) -> list[Training]:
+        return [one for one in self.status.trainings if one.state == "finished"]
+
+    @property
+    def title(self) -> str:
+        return self.status.title
+
+
+@dataclass(frozen=True)
+class SweepFacts:
+    """A sweep and its studies, by layer."""
+
+    sweep: SweepRecord
+    studies: list[StudyFacts]
+
+
+def gather_sweep(ledger: Ledger, training_id: str | None) -> SweepFacts:
+    """Reads the ledger. `training_id` stands for its study in place of the front's knee.
+
+    Raises InputError when no finished training has that id.
+    """
+    statuses = study_statuses(ledger)
+    asked = None if training_id is None else _finished_training(statuses, training_id)
+    names = study_names([status.study for status in statuses])
+    studies = []
+    for status in statuses:
+        is_asked = asked is not None and asked.study_id == status.study.study_id
+        chosen = asked if is_asked else knee(status.front)
+        name = names[status.study.study_id]
+        studies.append(StudyFacts(name, status, _progress(ledger, status), chosen, is_knee=not is_asked))
+    return SweepFacts(ledger.sweep(), studies)
+
+
+def _finished_training(statuses: list[StudyStatus], training_id: str) -> Training:
+    for status in statuses:
+        for training in status.trainings:
+            if training.training_id != training_id:
+                continue
+            if training.state != "finished":
+                raise InputError(f"--training: {training_id} is {training.state}; give one that is finished")
+            return training
+    raise InputError(f"--training: this sweep has no training {training_id}; `orchestrate fronts --json` lists ids")
+
+
+def _progress(ledger: Ledger, status: StudyStatus) -> list[tuple[int, float]]:
+    ended = [one for one in status.trainings if one.finished is not None]
+    ended.sort(key=lambda one: (one.finished, one.number))
+    totals = accumulate(one.tokens_done for one in ended)
+    tokens = [total for one, total in zip(ended, totals, strict=True) if one.state == "finished"]
+    if not tokens:
+        return []
+    return list(zip(tokens, hypervolumes_in_time(ledger, status.study.study_id), strict=True))

@@ -1,0 +1,58 @@
+"""`orchestrate report`: gather, examine, draw, write."""
+
+from pathlib import Path
+
+from orchestrator.ledger import Ledger
+from orchestrator.report.dictionary_facts import DictionaryFacts, examine
+from orchestrator.report.page import ReportContent, render_page
+from orchestrator.report.sweep_facts import StudyFacts, SweepFacts, gather_sweep
+from orchestrator.report.token_texts import TokenTexts
+from qkmodel.errors import InputError
+from qkmodel.files import write_atomically
+
+REPORT_FILE = "report.html"
+
+
+def write_report(ledger: Ledger, output: Path | None = None, training_id: str | None = None) -> tuple[Path, list[str]]:
+    """Writes a sweep's report to `output` (None: `report.html` in the sweep's folder).
+
+    Returns the file and what it leaves out, in lines. `training_id` stands for its study in place of the front's knee.
+    Raises InputError for an id of no finished training and a place that cannot be written to.
+    """
+    path = ledger.folder / REPORT_FILE if output is None else output
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--output: {path} is no file in a folder that is there")
+    content = gather_report(gather_sweep(ledger, training_id), ledger.folder)
+    write_atomically(path, render_page(content).encode())
+    return path, content.left_out
+
+
+def gather_report(facts: SweepFacts, sweep_folder: Path) -> ReportContent:
+    """Adds what only dictionaries and activations tell; what cannot be had is left out with a line."""
+    texts, dictionaries, left_out = TokenTexts(), {}, []
+    for study in facts.studies:
+        found = _examined(study, sweep_folder, len(facts.studies), texts)
+        if isinstance(found, DictionaryFacts):
+            dictionaries[study.status.study.study_id] = found
+        else:
+            left_out.append(f"{study.title}: {found}")
+    if not facts.studies:
+        left_out.append("the sweep has no study yet")
+    if texts.missing is not None:
+        left_out.append(texts.missing)
+    return ReportContent(facts, dictionaries, left_out)
+
+
+def _examined(study: StudyFacts, sweep_folder: Path, studies: int, texts: TokenTexts) -> DictionaryFacts | str:
+    """What the study's dictionary does, or why that is left out."""
+    if not study.finished:
+        return "no training has finished yet; its front and everything after it are left out"
+    if study.chosen is None:
+        return (
+            "no finished training is inside the feasible box; heads, features and sentences are left out "
+            "(--training ID shows those of one outside)"
+        )
+    try:
+        return examine(sweep_folder, study.status.study, study.chosen, studies, texts)
+    except InputError as error:
+        return f"features and sentences of {study.chosen.label} are left out: {error}"
