@@ -1,6 +1,7 @@
 """A sweep's state in figures, for the live table, `orchestrate status` and `orchestrate fronts`."""
 
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from orchestrator.ledger import Ledger
@@ -94,6 +95,28 @@ class HypervolumesInTime:
         """The next training that has finished."""
         self._front = front_trainings([*self._front, training])
         self.values.append(_area(self._study, self._front))
+
+
+@dataclass(frozen=True)
+class HypervolumePoint:
+    """A study's hypervolume once a training had finished: after how many tokens of those ended by then, and when."""
+
+    tokens: int
+    at: datetime
+    value: float
+
+
+def hypervolumes_by_tokens(ledger: Ledger, status: StudyStatus) -> list[HypervolumePoint]:
+    """A point per finished training of a study, in the order in which they finished."""
+    ended = [training for training in status.trainings if training.finished is not None]
+    ended.sort(key=lambda one: (one.finished, one.number))
+    values = iter(HypervolumesInTime(ledger, status.study.study_id).values)
+    tokens, points = 0, []
+    for training in ended:
+        tokens += training.tokens_done
+        if training.state == "finished":
+            points.append(HypervolumePoint(tokens, training.finished, next(values)))
+    return points
 
 
 def status_record(ledger: Ledger) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from mlflow.entities import Metric
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Training
-from orchestrator.status import HypervolumesInTime, StudyStatus, study_statuses
+from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses
 from orchestrator.study_names import study_names
 from orchestrator.tracking_run import MAX_METRICS, batches, milliseconds
 
@@ -41,24 +41,11 @@ class SweepSummary:
         sent = int(notes.get(f"hypervolume {name}", 0))
         if finished <= sent:
             return
-        points = hypervolume_points(self._ledger, status)[sent:]
-        metrics = [Metric(f"hypervolume_{name}", value, at, tokens) for tokens, at, value in points]
+        points = hypervolumes_by_tokens(self._ledger, status)[sent:]
+        metrics = [Metric(f"hypervolume_{name}", point.value, milliseconds(point.at), point.tokens) for point in points]
         for batch in batches(metrics, MAX_METRICS):
             self._client.log_batch(self._parent, metrics=batch)
         self._ledger.note_delivered(self._parent, f"hypervolume {name}", str(finished))
-
-
-def hypervolume_points(ledger: Ledger, status: StudyStatus) -> list[tuple[int, int, float]]:
-    """(tokens of the trainings that had ended by then, time in ms, hypervolume) after each finished training."""
-    ended = [training for training in status.trainings if training.finished is not None]
-    ended.sort(key=lambda one: (one.finished, one.number))
-    values = iter(HypervolumesInTime(ledger, status.study.study_id).values)
-    tokens, points = 0, []
-    for training in ended:
-        tokens += training.tokens_done
-        if training.state == "finished":
-            points.append((tokens, milliseconds(training.finished), next(values)))
-    return points
 
 
 def _description(status: StudyStatus, name: str) -> str:

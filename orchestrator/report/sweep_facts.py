@@ -1,12 +1,11 @@
 """What a report shows of the ledger: fronts, what they cost, and the training that each study is examined by."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import SweepRecord, Training
 from orchestrator.pareto import knee
-from orchestrator.status import StudyStatus, hypervolumes_in_time, study_statuses
+from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses
 from orchestrator.study_names import study_names
 from qkmodel.errors import InputError
 
@@ -56,7 +55,15 @@ def gather_sweep(ledger: Ledger, training_id: str | None) -> SweepFacts:
         is_asked = asked is not None and asked.study_id == status.study.study_id
         chosen = asked if is_asked else knee(status.front)
         name = names[status.study.study_id]
-        studies.append(StudyFacts(name, status, _progress(ledger, status), chosen, is_knee=not is_asked))
+        studies.append(
+            StudyFacts(
+                name,
+                status,
+                [(point.tokens, point.value) for point in hypervolumes_by_tokens(ledger, status)],
+                chosen,
+                is_knee=not is_asked,
+            )
+        )
     return SweepFacts(ledger.sweep(), studies)
 
 
@@ -69,13 +76,3 @@ def _finished_training(statuses: list[StudyStatus], training_id: str) -> Trainin
                 raise InputError(f"--training: {training_id} is {training.state}; give one that is finished")
             return training
     raise InputError(f"--training: this sweep has no training {training_id}; `orchestrate fronts --json` lists ids")
-
-
-def _progress(ledger: Ledger, status: StudyStatus) -> list[tuple[int, float]]:
-    ended = [one for one in status.trainings if one.finished is not None]
-    ended.sort(key=lambda one: (one.finished, one.number))
-    totals = accumulate(one.tokens_done for one in ended)
-    tokens = [total for one, total in zip(ended, totals, strict=True) if one.state == "finished"]
-    if not tokens:
-        return []
-    return list(zip(tokens, hypervolumes_in_time(ledger, status.study.study_id), strict=True))
