@@ -84,6 +84,29 @@ def front_trainings(trainings: Sequence[Training]) -> list[Training]:
     return sorted(members, key=lambda training: (training.metrics["l0"], training.number))
 
 
+def knee(points: Sequence[Point]) -> int:
+    """Index of the point of a front, given as (l0, kl), at which more l0 begins to buy less kl.
+
+    The one farthest below the chord between the front's ends in (log2 l0, log2 kl), both normalised to the front's box
+    (Kneedle: Satopaa, Albrecht, Irwin & Raghavan 2011). Where there is none, as among one or two points, and of equally
+    far ones, the one of lowest kl; of equal points the first. Raises ValueError where no point has a logarithm.
+    """
+    inside = [(index, math.log2(l0), math.log2(kl)) for index, (l0, kl) in enumerate(points) if l0 > 0 and kl > 0]
+    if not inside:
+        raise ValueError("a knee needs a point of positive l0 and kl")
+    left, right = min(x for _, x, _ in inside), max(x for _, x, _ in inside)
+    low, high = min(y for _, _, y in inside), max(y for _, _, y in inside)
+
+    def below_chord(x: float, y: float) -> float:
+        # the chord runs from (0, 1) to (1, 0) of the box; at the ends rounding must not decide
+        if right == left or high == low or x in (left, right):
+            return 0.0
+        return 1 - (x - left) / (right - left) - (y - low) / (high - low)
+
+    index, _, _ = min(inside, key=lambda point: (-max(below_chord(*point[1:]), 0.0), point[2], point[0]))
+    return index
+
+
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
     """Area in (log2 l0, log2 kl) that the points dominate, up to `reference` = (l0 cap, kl_baseline).
 

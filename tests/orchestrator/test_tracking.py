@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestrator.ledger import Ledger
-from orchestrator.tracking import Tracker, TrackingUnavailable, tracking_address
+from orchestrator.tracking import Tracker
+from orchestrator.tracking_store import TrackingUnavailable, tracking_address
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
 
