@@ -47,15 +47,19 @@ class L0Rule:
     l0: Fraction
 
     @property
+    def limit(self) -> float:
+        return float(self.l0 * (1 + L0_TOLERANCE))
+
+    @property
     def slug(self) -> str:
         return f"l0-{_number(self.l0)}"
 
     @property
     def words(self) -> str:
-        return f"has l0 ≤ {float(self.l0 * (1 + L0_TOLERANCE)):g}"
+        return f"has l0 ≤ {self.limit:g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
-        inside = [one for one in front if one.metrics["l0"] <= self.l0 * (1 + L0_TOLERANCE)]
+        inside = [one for one in front if one.metrics["l0"] <= self.limit]
         return min(inside, key=lambda one: (one.metrics["kl"], one.number), default=None)
 
 
@@ -74,7 +78,6 @@ class RecoveredRule:
         return f"has kl_recovered ≥ {float(self.share):g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
-        # the number that was written stands for the float it reads as: 0.95 is reached by 0.95
         inside = [one for one in front if one.metrics["kl_recovered"] >= float(self.share)]
         return min(inside, key=lambda one: (one.metrics["l0"], one.number), default=None)
 
@@ -95,7 +98,8 @@ def parse_rule(text: str) -> Rule:
 
     Raises InputError for anything else.
     """
-    found = _RULE.fullmatch("".join(text.split()))
+    text = "".join(text.split())
+    found = _RULE.fullmatch(text)
     if found is None:
         raise InputError(f"--rule: {text[:80]!r} is none; write {RULES}")
     _, l0, share, training = found.groups()

@@ -215,10 +215,12 @@ class _Registration:
                 client.finalize_logged_model(model.model_id, "FAILED")
             raise
         _ensure_registered_model(client, name, choice.status.study)
-        # a database store would look a models:/ address up in the store that is this process's default
-        source = model.artifact_location if self._artifact_root else f"models:/{model.model_id}"
         tags |= params | {key: repr(value) for key, value in metrics.items()}
-        return client.create_model_version(name, source, run_id, tags).version
+        if self._artifact_root is None:
+            source = f"models:/{model.model_id}"
+            return client.create_model_version(name, source, run_id, tags, model_id=model.model_id).version
+        # a database store would look a logged model up in the store that is this process's default
+        return client.create_model_version(name, model.artifact_location, run_id, tags).version
 
     def _show_metrics(self, run_id: str, model_id: str, training: Training, metrics: Mapping[str, float]) -> None:
         """On the logged model's page. The run has the same points, and MLflow keeps one of equal ones."""

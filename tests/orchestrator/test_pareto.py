@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.ledger import Ledger, Training
-from orchestrator.pareto import feasible, front, front_trainings, hypervolume
+from orchestrator.pareto import feasible, front, front_trainings, hypervolume, knee
 
 # few distinct values, so that ties and duplicates are frequent
 coarse = st.integers(1, 8).map(float)
@@ -107,6 +107,59 @@ def test_points_beyond_the_reference_or_without_logarithm_add_nothing(point: tup
 def test_a_reference_without_logarithm_is_refused(reference: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="reference"):
         hypervolume([(1.0, 1.0)], reference)
+
+
+def brute_force_distances(points: list[tuple[float, float]]) -> list[float]:
+    """How far each point lies below the chord of its ends, in units of the box of the points."""
+    logs = [(math.log2(l0), math.log2(kl)) for l0, kl in points]
+    (left, top), (right, bottom) = min(logs), max(logs)
+    boxed = [((x - left) / (right - left), (y - bottom) / (top - bottom)) for x, y in logs]
+    # of the line from (0, 1) to (1, 0): the cross product with its direction, over its length
+    return [(1 * (1 - y) - 1 * x) / math.sqrt(2) for x, y in boxed]
+
+
+@given(points_lists)
+def test_the_knee_is_farthest_below_the_chord(points: list[tuple[float, float]]) -> None:
+    members = [points[index] for index in front(points)]
+    if len(set(members)) < 3:
+        return
+    found, distances = members[knee(members)], brute_force_distances(members)
+    best = max(0.0, *distances)
+    assert distances[members.index(found)] >= best - 1e-9
+    if best < 1e-12:
+        assert found[1] == min(kl for _, kl in members)
+
+
+@given(points_lists.filter(bool), st.randoms(use_true_random=False))
+def test_the_knee_does_not_depend_on_order(points: list[tuple[float, float]], rng: random.Random) -> None:
+    members = [points[index] for index in front(points)]
+    shuffled = rng.sample(members, len(members))
+    assert shuffled[knee(shuffled)] == members[knee(members)]
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(8.0, 0.5)], 0),
+        ([(8.0, 0.5), (16.0, 0.25)], 1),
+        ([(16.0, 0.25), (8.0, 0.5)], 0),
+        # an elbow at 16
+        ([(8.0, 0.8), (16.0, 0.1), (32.0, 0.09), (64.0, 0.08)], 1),
+        # halvings for doublings all the way: no knee, so the lowest KL
+        ([(8.0, 0.8), (16.0, 0.4), (32.0, 0.2)], 2),
+        # all above the chord
+        ([(8.0, 0.8), (16.0, 0.79), (32.0, 0.2)], 2),
+        ([(8.0, 0.0), (8.0, 0.5)], 1),
+    ],
+)
+def test_knees(points: list[tuple[float, float]], expected: int) -> None:
+    assert knee(points) == expected
+
+
+@pytest.mark.parametrize("points", [[], [(0.0, 1.0)], [(1.0, 0.0)]])
+def test_no_point_has_no_knee(points: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="knee"):
+        knee(points)
 
 
 @pytest.fixture

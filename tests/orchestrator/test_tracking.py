@@ -1,13 +1,10 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from orchestrator.tracking import Tracker
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
+from tests.orchestrator.mlflow_server import free_port, server
 
 IDENTITY = {"corpus": {"context": 128}, "training": {"tokens": 1000}, "seed": 3}
 DEAD_ADDRESS = "http://user:hunter2@127.0.0.1:9"
@@ -453,9 +451,7 @@ def test_an_address_that_mlflow_cannot_use_is_refused(tracking: str) -> None:
 @pytest.mark.system
 def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: bytes) -> None:
     (tmp_path / "server.db").write_bytes(migrated)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ledger = Ledger(tmp_path / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {}, None, {})
     ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
@@ -478,26 +474,3 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
         assert [(point.step, point.value) for point in points] == [(100, 1.0), (200, 0.5)]
         weights = client.download_artifacts(child.info.run_id, "dictionary/weights.safetensors", str(tmp_path))
         assert Path(weights).read_text() == "one"
-
-
-@contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        f"{folder}/art",
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
