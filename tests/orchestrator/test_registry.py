@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from orchestrator import load_dictionary
 from orchestrator.choice import apply_rule, parse_rule
 from orchestrator.ledger import Ledger
-from orchestrator.registry import SHA256_TAG, Registered, register
+from orchestrator.registry import SHA256_TAG, Registered, chosen_record, register
 from orchestrator.status import study_statuses
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_store import TrackingUnavailable
@@ -253,6 +253,29 @@ def test_a_dead_server_is_one_line_without_the_password(ledger: Ledger) -> None:
         with pytest.raises(TrackingUnavailable, match=r"127\.0\.0\.1") as caught:
             attempt()
         assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tracking", "shown", "arguments"),
+    [
+        (None, "sqlite:///{}/mlflow.db", ', tracking="sqlite:///{}/mlflow.db"'),
+        ("http://host:5000", "http://host:5000", ', tracking="http://host:5000"'),
+        ("http://me:hunter2@host:5000", "http://me:***@host:5000", ""),
+        ("postgresql://me:hunter2@host/runs", "postgresql://me:***@host/runs", ""),
+    ],
+)
+def test_the_line_that_loads_it_shows_no_password(
+    storage: Path, ledger: Ledger, tracking: str | None, shown: str, arguments: str
+) -> None:
+    (choice,) = apply_rule(study_statuses(ledger), parse_rule("knee"))
+    registered = Registered(NAME, "1", "knee", is_new=True, alias_was=None)
+    record = chosen_record(ledger, choice, registered, tracking, storage)
+    assert record["tracking"] == shown.format(storage)
+    line = (
+        f'from orchestrator import load_dictionary; dictionary = load_dictionary("{KNEE}"{arguments.format(storage)})'
+    )
+    assert record["python"] == line
+    assert "hunter2" not in json.dumps(record)
 
 
 def test_importing_the_packages_loads_nothing_heavy() -> None:
