@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,6 +35,7 @@ messages = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 SweepArgument = Annotated[
     str, typer.Argument(metavar="SWEEP", help="A sweep's folder, its sweep file, or its name below runs/.")
 ]
+LayerOption = Annotated[int | None, typer.Option("--layer", metavar="N", help="One layer's front only.", min=0)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 
 
@@ -96,6 +97,62 @@ def fronts(sweep: SweepArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def choose(
+    sweep: SweepArgument,
+    layer: LayerOption = None,
+    rule: Annotated[str, typer.Option(help="knee, l0=16, kl_recovered>=0.95 or training=ID.")] = "knee",
+    as_json: JsonOption = False,
+) -> None:
+    """Register one dictionary of each front in MLflow's registry, and print the Python that loads it."""
+    from orchestrator.choice import apply_rule, parse_rule
+
+    parsed, ledger = parse_rule(rule), _open_ledger(sweep)
+    choices = apply_rule(study_statuses(ledger), parsed, layer)
+    tracking, storage = _tracking_of(sweep)
+    from orchestrator.registry import chosen_record, register
+    from orchestrator.tracking_store import TrackingUnavailable
+
+    try:
+        registered = register(tracking, storage, ledger, choices)
+    except TrackingUnavailable as error:
+        _say_error(str(error))
+        raise typer.Exit(1) from error
+    records = [
+        chosen_record(ledger, choice, one, tracking, storage) for choice, one in zip(choices, registered, strict=True)
+    ]
+    if as_json:
+        _print_json({"sweep": ledger.sweep().name, "chosen": records})
+        return
+    for choice, record in zip(choices, records, strict=True):
+        _print_chosen(record, choice.training.label)
+
+
+@app.command()
+def export(
+    sweep: SweepArgument,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write; it must not be there yet.")],
+    layer: LayerOption = None,
+    rule: Annotated[str | None, typer.Option(help="knee (default), l0=16, kl_recovered>=0.95 or training=ID.")] = None,
+    training: Annotated[str | None, typer.Option(metavar="ID", help="The same as --rule training=ID.")] = None,
+) -> None:
+    """Write one dictionary as a folder for a model hub: safetensors, configuration and a model card."""
+    from orchestrator.choice import apply_rule, parse_rule
+
+    if rule is not None and training is not None:
+        raise InputError("--rule and --training exclude each other; give one")
+    parsed = parse_rule(f"training={training}" if training is not None else rule or "knee")
+    ledger = _open_ledger(sweep)
+    choices = apply_rule(study_statuses(ledger), parsed, layer)
+    if len(choices) > 1:
+        layers = ", ".join(str(choice.training.layer) for choice in choices)
+        raise InputError(f"--layer: the sweep has layers {layers}; say which one to export")
+    from orchestrator.export import export_dictionary
+
+    export_dictionary(ledger, choices[0], user_path("--output", str(output)).absolute())
+    console.print(f"{choices[0].training.label} is in {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def ui(
     sweep: Annotated[
         str | None, typer.Argument(metavar="[SWEEP]", help="A sweep; left out: the store of all sweeps in runs/.")
@@ -132,22 +189,16 @@ def ui(
 @app.command()
 def track(sweep: SweepArgument) -> None:
     """Deliver to MLflow what it does not have of a sweep: for one whose server was away."""
-    from orchestrator.driver_lock import only_driver
-    from orchestrator.starts import Lease
-    from orchestrator.tracking import Tracker, TrackingUnavailable
+    from orchestrator.late_delivery import deliver_late
+    from orchestrator.tracking_store import TrackingUnavailable
 
-    ledger, (tracking, storage) = _open_ledger(sweep), _tracking(sweep)
-    with only_driver(ledger.folder):
-        lease = Lease(ledger)
-        try:
-            tracker = Tracker(tracking, storage, ledger)
-            tracker.deliver("KILLED" if ledger.counts()["open"] else "FINISHED")
-        except TrackingUnavailable as error:
-            _say_error(str(error))
-            raise typer.Exit(1) from error
-        finally:
-            lease.release()
-    messages.print(f"MLflow at {tracker.address} has everything", markup=False, soft_wrap=True)
+    ledger, (tracking, storage) = _open_ledger(sweep), _tracking_of(sweep)
+    try:
+        address = deliver_late(ledger, tracking, storage)
+    except TrackingUnavailable as error:
+        _say_error(str(error))
+        raise typer.Exit(1) from error
+    messages.print(f"MLflow at {address} has everything", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -333,24 +384,35 @@ def _sweep_folder(sweep: str) -> Path:
     raise InputError(f"{sweep}: no sweep of that name; give a sweep's folder, its sweep file, or a name below runs/")
 
 
-def _tracking(sweep: str | None) -> tuple[str | None, Path]:
-    """The `tracking` and `storage` of a sweep, or of every sweep in runs/."""
-    if sweep is None:
-        return None, Path("runs")
+def _print_chosen(record: dict[str, Any], label: str) -> None:
+    version = f"version {record['version']}{'' if record['is_new'] else ', registered before'}"
+    moved = record["alias_was"] not in (None, record["version"])
+    before = f"; the alias was at version {record['alias_was']}" if moved else ""
+    messages.print(
+        f"{record['reference']} is {label} ({version}{before})", markup=False, highlight=False, soft_wrap=True
+    )
+    if HIDDEN in record["tracking"]:
+        messages.print("needs MLFLOW_TRACKING_URI, the store's address, whose password is not shown:")
+    console.print(record["python"], markup=False, highlight=False, soft_wrap=True)
+
+
+def _tracking_of(sweep: str) -> tuple[str | None, Path]:
+    """A sweep's `tracking`, whole, and its `storage`."""
     if Path(sweep).is_file():
         config = load_sweep(Path(sweep))
         return config.tracking, Path(config.storage).expanduser()
     tracking = _open_ledger(sweep).sweep().config["tracking"]
     if tracking is not None and HIDDEN in tracking:
-        raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file instead")
+        raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file in its place")
     return tracking, _sweep_folder(sweep).parent
 
 
 def _tracking_address(sweep: str | None) -> str:
     """Where MLflow keeps a sweep's runs, or those of every sweep in runs/."""
-    from orchestrator.tracking import tracking_address
+    from orchestrator.tracking_store import tracking_address
 
-    address, _ = tracking_address(*_tracking(sweep))
+    tracking, storage = (None, Path("runs")) if sweep is None else _tracking_of(sweep)
+    address, _ = tracking_address(tracking, storage)
     file = sqlite_file(address)
     if file is not None and not file.is_file():
         raise InputError(f"{file}: no tracking store here; run a sweep first, or name one: orchestrate ui SWEEP")

@@ -84,37 +84,27 @@ def front_trainings(trainings: Sequence[Training]) -> list[Training]:
     return sorted(members, key=lambda training: (training.metrics["l0"], training.number))
 
 
-def knee(front: Sequence[Training]) -> Training | None:
-    """The member of a front (as `front_trainings` gives it) where the exchange of KL for l0 turns most.
+def knee(points: Sequence[Point]) -> int:
+    """Index of the point of a front, given as (l0, kl), at which more l0 begins to buy less kl.
 
-    It is the one farthest from the chord between the front's ends, in (log2 l0, log2 kl) scaled to the box of the
-    front: "Finding a 'Kneedle' in a Haystack", Satopaa et al. 2011, with the points as they are in place of a smoothed
-    curve. The sparsest of several such, an end only where there is nothing between the ends; None for an empty front.
+    The one farthest below the chord between the front's ends in (log2 l0, log2 kl), both normalised to the front's box
+    (Kneedle: Satopaa, Albrecht, Irwin & Raghavan 2011). Where there is none, as among one or two points, and of equally
+    far ones, the one of lowest kl; of equal points the first. Raises ValueError where no point has a logarithm.
     """
-    if not front:
-        return None
-    return front[knee_index([(training.metrics["l0"], training.metrics["kl"]) for training in front])]
+    inside = [(index, math.log2(l0), math.log2(kl)) for index, (l0, kl) in enumerate(points) if l0 > 0 and kl > 0]
+    if not inside:
+        raise ValueError("a knee needs a point of positive l0 and kl")
+    left, right = min(x for _, x, _ in inside), max(x for _, x, _ in inside)
+    low, high = min(y for _, _, y in inside), max(y for _, _, y in inside)
 
+    def below_chord(x: float, y: float) -> float:
+        # the chord runs from (0, 1) to (1, 0) of the box; at the ends rounding must not decide
+        if right == left or high == low or x in (left, right):
+            return 0.0
+        return 1 - (x - left) / (right - left) - (y - low) / (high - low)
 
-def knee_index(points: Sequence[Point]) -> int:
-    """The same for the points of a front by ascending l0 (one at least). Those without logarithm are no knee."""
-    logs = {
-        index: (math.log2(l0), math.log2(kl))
-        for index, (l0, kl) in enumerate(points)
-        if 0 < l0 < math.inf and 0 < kl < math.inf
-    }
-    if not logs:
-        return 0
-    left, right = min(x for x, _ in logs.values()), max(x for x, _ in logs.values())
-    bottom, top = min(y for _, y in logs.values()), max(y for _, y in logs.values())
-    width, height = right - left or 1.0, top - bottom or 1.0
-
-    def from_chord(index: int) -> float:
-        # times √2: the chord runs from (0, 1) to (1, 0)
-        x, y = logs[index]
-        return abs((x - left) / width + (y - bottom) / height - 1)
-
-    return max(logs, key=from_chord)
+    index, _, _ = min(inside, key=lambda point: (-max(below_chord(*point[1:]), 0.0), point[2], point[0]))
+    return index
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:

@@ -28,7 +28,7 @@ class Lease:
     def __init__(self, ledger: Ledger, patience: float = PATIENCE_SECONDS) -> None:
         """Raises InputError when a driver on another machine is at work on the sweep."""
         self._ledger = ledger
-        _refuse_beside_living_driver(ledger, patience)
+        refuse_beside_living_driver(ledger, patience)
         self.start = _open_start(ledger)
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -55,7 +55,8 @@ def seconds_of_earlier_starts(ledger: Ledger, start: int) -> float:
         return BEAT_SECONDS * sum(beats)
 
 
-def _refuse_beside_living_driver(ledger: Ledger, patience: float) -> None:
+def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECONDS) -> None:
+    """Raises InputError when a driver on another machine is at work on the sweep; to tell may take `patience`."""
     last = _latest(ledger)
     # the file lock has said that no driver on this machine is alive
     if last is None or last.ended is not None or last.host == platform.node():

@@ -6,17 +6,14 @@ arrived, after it arrived: so a delivery may be cut off anywhere and repeated wi
 """
 
 import json
-import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
-from sqlalchemy import create_engine, inspect
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url
@@ -24,52 +21,23 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Training
 from orchestrator.pareto import front_trainings
 from orchestrator.tracking_fronts import FrontArtifacts
-from orchestrator.tracking_notes import TRAINING, has_run
-from orchestrator.tracking_run import TrainingRun, milliseconds
+from orchestrator.tracking_notes import TRAINING, EndStatus, has_run
+from orchestrator.tracking_run import TrainingRun, find_or_create_experiment, milliseconds
+from orchestrator.tracking_store import (
+    LOCK_FILE,
+    STUDY_TAG,
+    TRAINING_TAG,
+    ask_database,
+    prepare_client,
+    tracking_address,
+    unavailable,
+)
 from orchestrator.tracking_summary import SweepSummary
 from orchestrator.versions import GIT_DIFF_FILE
-from qkmodel.errors import InputError
 from qkmodel.files import exclusive
 
 SWEEP_TAG = "qk.sweep"
-TRAINING_TAG = "qk.training_id"
-STUDY_TAG = "qk.study_id"
 PARENT_TAG = "mlflow.parentRunId"
-
-# beside the sweeps' folders
-LOCK_FILE = "mlflow.db.lock"
-# a dead server then costs seconds instead of minutes; what the user set stays
-_PATIENCE = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-
-EndStatus = Literal["FINISHED", "KILLED"]
-
-
-class TrackingUnavailable(Exception):
-    """MLflow could not be reached or refused; the message is one line without passwords."""
-
-
-def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | None]:
-    """(MLflow's tracking address, artifact root): the root is None where a server decides.
-
-    Without `tracking` it is an SQLite file in `storage`. Raises InputError for an address of a kind that
-    MLflow cannot keep runs at.
-    """
-    artifact_root = (storage.absolute() / "mlflow-artifacts").as_uri()
-    if tracking is None:
-        return f"sqlite:///{storage.absolute() / 'mlflow.db'}", artifact_root
-    scheme = tracking.partition("://")[0] if "://" in tracking else ""
-    if scheme in ("http", "https"):
-        return tracking, None
-    if scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
-        return tracking, artifact_root
-    raise InputError(
-        f"tracking: {redact_url(tracking)!r} is not an MLflow address; "
-        "give http(s)://HOST:PORT of a server, sqlite:///PATH, or null for a file beside the sweeps"
-    )
 
 
 class Tracker:
@@ -85,12 +53,7 @@ class Tracker:
         self._experiment = ""
         # training id -> run id, as MLflow knows them
         self._runs: dict[str, str] = {}
-        for name, value in _PATIENCE.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        # what goes wrong is said in one line, by whoever asked; MLflow would add a traceback
-        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        prepare_client()
 
     @property
     def address(self) -> str:
@@ -109,9 +72,7 @@ class Tracker:
             client = client or self._connect()
             self._deliver(client, ended)
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            message = f"MLflow at {self.address} cannot be used now: {redact_url(reason[0])}"
-            raise TrackingUnavailable(message) from error
+            raise unavailable(self._uri, error) from error
         self._client = client
 
     def _connect(self) -> MlflowClient:
@@ -121,21 +82,13 @@ class Tracker:
         self._storage.mkdir(parents=True, exist_ok=True)
         # MLflow makes the tables of a new database at the first call, and two processes that do so at once both fail
         with exclusive(self._storage / LOCK_FILE, lambda holder: None):
-            # asked first because MLflow itself retries a dead database for minutes
-            engine = create_engine(self._uri)
-            inspect(engine).get_table_names()
-            engine.dispose()
+            ask_database(self._uri)
             return self._connect_alone()
 
     def _connect_alone(self) -> MlflowClient:
         client = MlflowClient(tracking_uri=self._uri)
         sweep = self._ledger.sweep()
-        experiment = client.get_experiment_by_name(sweep.name)
-        if experiment is None:
-            location = self._artifact_root and f"{self._artifact_root}/{sweep.name}"
-            self._experiment = client.create_experiment(sweep.name, artifact_location=location)
-        else:
-            self._experiment = experiment.experiment_id
+        self._experiment = find_or_create_experiment(client, sweep.name, self._artifact_root)
         # a sweep of the same name in another storage, or begun afresh, has a parent run of its own
         tag = f"{sweep.name} {sweep.created.isoformat()}"
         parents = _search(client, self._experiment, f"tags.`{SWEEP_TAG}` = '{tag}'")

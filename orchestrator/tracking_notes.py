@@ -1,6 +1,7 @@
 """What the ledger notes of what has arrived in MLflow, and what is owed by these notes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import State, Training
@@ -13,6 +14,7 @@ RUN_STATUS: dict[State, str] = {
     "stopped": "KILLED",
     "failed": "FAILED",
 }
+EndStatus = Literal["FINISHED", "KILLED"]
 # items of a training's run
 TRAINING, STATUS, REPORTS = "training", "status", "reports"
 
@@ -33,6 +35,13 @@ def status_mark(training: Training) -> str:
 def has_run(training: Training) -> bool:
     """Whether MLflow is to know of a training: from its first start on."""
     return training.attempts > 0 or training.state != "open"
+
+
+def end_status(ledger: Ledger) -> EndStatus:
+    """How the parent run ends when nobody is at work: FINISHED once nothing that was begun is left to be continued."""
+    current = {study.study_id for study in ledger.studies() if study.is_current}
+    is_left = any(one.state in ("open", "running") and one.study_id in current for one in ledger.trainings())
+    return "KILLED" if is_left else "FINISHED"
 
 
 def owed(ledger: Ledger) -> Owed:

@@ -128,6 +128,14 @@ class TrainingRun:
             self._client.delete_tag(self._run_id, name)
 
 
+def find_or_create_experiment(client: MlflowClient, sweep: str, artifact_root: str | None) -> str:
+    """The id of a sweep's experiment. A new one's artifacts lie below `artifact_root`; None lets the server decide."""
+    experiment = client.get_experiment_by_name(sweep)
+    if experiment is not None:
+        return experiment.experiment_id
+    return client.create_experiment(sweep, artifact_location=artifact_root and f"{artifact_root}/{sweep}")
+
+
 def milliseconds(time: datetime) -> int:
     """As MLflow counts time."""
     return int(time.timestamp() * 1000)

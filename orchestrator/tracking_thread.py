@@ -4,7 +4,9 @@ import logging
 import threading
 
 from orchestrator.addresses import redact_url
-from orchestrator.tracking import EndStatus, Tracker, TrackingUnavailable
+from orchestrator.tracking import Tracker
+from orchestrator.tracking_notes import EndStatus
+from orchestrator.tracking_store import TrackingUnavailable
 
 _log = logging.getLogger(__name__)
 

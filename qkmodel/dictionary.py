@@ -29,6 +29,7 @@ DICTIONARY_FORMAT: Literal[2] = 2
 CONFIG_FILE = "config.json"
 TRANSCODER_FILE = "transcoder.safetensors"
 ATTENTION_FILE = "attention.safetensors"
+FILES = (TRANSCODER_FILE, ATTENTION_FILE, CONFIG_FILE)
 
 
 class ModelIdentity(Schema):
@@ -113,7 +114,7 @@ def find_loss(folder: Path, sha256: str) -> str | None:
 
     Tensors are looked for and not read: `load_dictionary` checks them.
     """
-    for name in (TRANSCODER_FILE, ATTENTION_FILE, CONFIG_FILE):
+    for name in FILES:
         if not (folder / name).is_file():
             return f"{folder / name} is gone"
     if _sha256((folder / CONFIG_FILE).read_bytes()) != sha256:

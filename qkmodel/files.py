@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which takes the name `folder` at the end of the block and is gone after an exception.
+
+    Raises InputError, before anything is made, where `folder` is there already and not an empty folder.
+    """
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise InputError(f"{folder}: is there already and not an empty folder; give another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    partial.mkdir()
+    try:
+        yield partial
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync_folder(folder.parent)
 
 
 @contextlib.contextmanager

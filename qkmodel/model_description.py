@@ -90,11 +90,16 @@ def describe_model(config: ModelConfig) -> ModelDescription:
     shape = _shape_from_folder(folder, config)
     return ModelDescription(
         name=config.name,
-        slug=_slug(folder.name if Path(config.name).is_dir() else config.name),
+        slug=model_slug(config),
         weights_sha256=_combined_sha256(_deciding_files(folder, config)),
         tokenizer_sha256=_combined_sha256(_tokenizer_files(folder)),
         **shape,
     )
+
+
+def model_slug(config: ModelConfig) -> str:
+    """The model's name made fit for file names; of a local folder its last part."""
+    return _slug(Path(config.name).resolve().name if Path(config.name).is_dir() else config.name)
 
 
 def model_folder(config: ModelConfig) -> Path:

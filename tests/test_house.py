@@ -69,7 +69,7 @@ def test_search_and_fronts_do_not_load_torch_or_ray_by_way_of_others() -> None:
 @pytest.mark.parametrize(
     ("package", "owners"),
     [
-        ("mlflow", {"tracking.py", "tracking_run.py", "tracking_fronts.py", "tracking_summary.py"}),
+        ("mlflow", {"tracking.py", "tracking_run.py", "tracking_fronts.py", "tracking_summary.py", "registry.py"}),
         ("hydra", {"composition.py"}),
     ],
 )

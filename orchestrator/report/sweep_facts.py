@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from orchestrator.choice import KneeRule
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import SweepRecord, Training
-from orchestrator.pareto import knee
 from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses
 from orchestrator.study_names import study_names
 from qkmodel.errors import InputError
@@ -53,7 +53,7 @@ def gather_sweep(ledger: Ledger, training_id: str | None) -> SweepFacts:
     studies = []
     for status in statuses:
         is_asked = asked is not None and asked.study_id == status.study.study_id
-        chosen = asked if is_asked else knee(status.front)
+        chosen = asked if is_asked else KneeRule().pick(status.front)
         name = names[status.study.study_id]
         studies.append(
             StudyFacts(

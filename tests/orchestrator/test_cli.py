@@ -77,6 +77,8 @@ def record(*arguments: str, cwd: Path) -> dict[str, Any]:
         (["status"], ["SWEEP", "--json"]),
         (["fronts"], ["SWEEP", "--json"]),
         (["report"], ["SWEEP", "--output", "--training"]),
+        (["choose"], ["SWEEP", "--layer", "--rule", "--json"]),
+        (["export"], ["SWEEP", "--layer", "--rule", "--training", "--output"]),
         (["ui"], ["SWEEP", "--port"]),
     ],
 )
@@ -282,6 +284,38 @@ def test_a_command_that_cannot_be_understood_is_one_line(
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
     assert [word for word in words if word not in ran.stderr] == [], ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["choose", "small", "--rule", "best"], "--rule: 'best' is none; write knee, l0=16,"),
+        (
+            ["choose", "small", "--layer", "8", "--rule", "l0=4"],
+            "layer 8: no training on the front has l0 ≤ 4.4; it offers",
+        ),
+        (["choose", "small"], "layer 4: the front is empty"),
+        (
+            ["choose", "small", "--layer", "5"],
+            "--layer: the sweep has no such layer as of its latest start; it has 4, 8",
+        ),
+        (["choose", "nowhere"], "nowhere: no sweep of that name"),
+        (["choose", "small", "--layer", "8"], "dictionaries/high/config.json: cannot be read"),
+        (["export", "small"], "Missing option '--output'"),
+        (["export", "small", "--output", "o", "--layer", "8"], "dictionaries/high/config.json: cannot be read"),
+        (["export", "small", "--output", "o", "--training", "nix"], "training: the sweep has no training nix"),
+        (["export", "small", "--output", "o", "--training", "low", "--rule", "knee"], "--rule and --training exclude"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_one_line_and_changes_nothing(
+    swept: Path, arguments: list[str], words: str
+) -> None:
+    before = sorted(swept.rglob("*"))
+    ran = orchestrate(*arguments, cwd=swept)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
+    assert words in ran.stderr
+    assert sorted(swept.rglob("*")) == before
 
 
 def test_a_port_in_use_is_refused(swept: Path) -> None:

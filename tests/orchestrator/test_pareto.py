@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.ledger import Ledger, Training
-from orchestrator.pareto import feasible, front, front_trainings, hypervolume, knee, knee_index
+from orchestrator.pareto import feasible, front, front_trainings, hypervolume, knee
 
 # few distinct values, so that ties and duplicates are frequent
 coarse = st.integers(1, 8).map(float)
@@ -109,6 +109,59 @@ def test_a_reference_without_logarithm_is_refused(reference: tuple[float, float]
         hypervolume([(1.0, 1.0)], reference)
 
 
+def brute_force_distances(points: list[tuple[float, float]]) -> list[float]:
+    """How far each point lies below the chord of its ends, in units of the box of the points."""
+    logs = [(math.log2(l0), math.log2(kl)) for l0, kl in points]
+    (left, top), (right, bottom) = min(logs), max(logs)
+    boxed = [((x - left) / (right - left), (y - bottom) / (top - bottom)) for x, y in logs]
+    # of the line from (0, 1) to (1, 0): the cross product with its direction, over its length
+    return [(1 * (1 - y) - 1 * x) / math.sqrt(2) for x, y in boxed]
+
+
+@given(points_lists)
+def test_the_knee_is_farthest_below_the_chord(points: list[tuple[float, float]]) -> None:
+    members = [points[index] for index in front(points)]
+    if len(set(members)) < 3:
+        return
+    found, distances = members[knee(members)], brute_force_distances(members)
+    best = max(0.0, *distances)
+    assert distances[members.index(found)] >= best - 1e-9
+    if best < 1e-12:
+        assert found[1] == min(kl for _, kl in members)
+
+
+@given(points_lists.filter(bool), st.randoms(use_true_random=False))
+def test_the_knee_does_not_depend_on_order(points: list[tuple[float, float]], rng: random.Random) -> None:
+    members = [points[index] for index in front(points)]
+    shuffled = rng.sample(members, len(members))
+    assert shuffled[knee(shuffled)] == members[knee(members)]
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(8.0, 0.5)], 0),
+        ([(8.0, 0.5), (16.0, 0.25)], 1),
+        ([(16.0, 0.25), (8.0, 0.5)], 0),
+        # an elbow at 16
+        ([(8.0, 0.8), (16.0, 0.1), (32.0, 0.09), (64.0, 0.08)], 1),
+        # halvings for doublings all the way: no knee, so the lowest KL
+        ([(8.0, 0.8), (16.0, 0.4), (32.0, 0.2)], 2),
+        # all above the chord
+        ([(8.0, 0.8), (16.0, 0.79), (32.0, 0.2)], 2),
+        ([(8.0, 0.0), (8.0, 0.5)], 1),
+    ],
+)
+def test_knees(points: list[tuple[float, float]], expected: int) -> None:
+    assert knee(points) == expected
+
+
+@pytest.mark.parametrize("points", [[], [(0.0, 1.0)], [(1.0, 0.0)]])
+def test_no_point_has_no_knee(points: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="knee"):
+        knee(points)
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     ledger = Ledger(tmp_path / "ledger.sqlite")
@@ -165,59 +218,3 @@ def test_trainings_of_two_studies_have_no_common_front(ledger: Ledger) -> None:
     ledger.add_training("other", "two", {"dictionary_size": 512}, 1000)
     with pytest.raises(ValueError, match="one study"):
         front_trainings(ledger.trainings())
-
-
-def distances_from_chord(points: list[tuple[float, float]]) -> list[float]:
-    """Of each point of a front from the line through its ends, both coordinates' logarithms scaled to 0 … 1."""
-    logs = [(math.log(l0), math.log(kl)) for l0, kl in points]
-    scaled = []
-    for axis in (0, 1):
-        low, high = min(point[axis] for point in logs), max(point[axis] for point in logs)
-        scaled.append([(point[axis] - low) / (high - low) if high > low else 0.0 for point in logs])
-    corners = list(zip(*scaled, strict=True))
-    (left, top), (right, bottom) = corners[0], corners[-1]
-    length = math.hypot(right - left, bottom - top)
-    if length == 0:
-        return [0.0] * len(points)
-    return [abs((right - left) * (y - top) - (x - left) * (bottom - top)) / length for x, y in corners]
-
-
-@given(points_lists.filter(bool))
-def test_the_knee_is_farthest_from_the_chord(points: list[tuple[float, float]]) -> None:
-    on_front = sorted(points[index] for index in front(points))
-    distances, found = distances_from_chord(on_front), knee_index(on_front)
-    assert distances[found] >= max(distances) - 1e-9
-    assert max(distances[:found], default=-1.0) < distances[found] + 1e-9, "the sparsest of several"
-
-
-@given(points_lists.filter(bool), st.sampled_from([0.25, 2.0, 64.0]))
-def test_units_do_not_move_the_knee(points: list[tuple[float, float]], factor: float) -> None:
-    on_front = sorted(points[index] for index in front(points))
-    moved = knee_index([(l0 * factor, kl / factor) for l0, kl in on_front])
-    distances = distances_from_chord(on_front)
-    assert distances[moved] == pytest.approx(distances[knee_index(on_front)], abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("points", "expected"),
-    [
-        ([(8.0, 1.0), (16.0, 0.2), (64.0, 0.1)], 1),
-        # a front that bends the other way, too
-        ([(8.0, 1.0), (32.0, 0.9), (64.0, 0.1)], 1),
-        ([(8.0, 1.0), (64.0, 0.1)], 0),
-        ([(8.0, 1.0), (8.0, 1.0)], 0),
-        ([(8.0, 1.0)], 0),
-        # without logarithm
-        ([(0.0, 1.0), (8.0, 0.9), (9.0, 0.2), (64.0, 0.1), (70.0, 0.0)], 2),
-        ([(8.0, 0.0)], 0),
-    ],
-)
-def test_knees_by_hand(points: list[tuple[float, float]], expected: int) -> None:
-    assert knee_index(points) == expected
-
-
-def test_the_knee_of_a_study_is_on_its_front(ledger: Ledger) -> None:
-    assert knee([]) is None
-    for training_id, l0, kl in [("sparse", 8.0, 1.0), ("knee", 16.0, 0.2), ("beaten", 20.0, 0.3), ("dense", 64.0, 0.1)]:
-        finished(ledger, training_id, l0, kl)
-    assert knee(front_trainings(ledger.trainings())).training_id == "knee"

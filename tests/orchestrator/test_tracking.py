@@ -2,13 +2,10 @@ import json
 import math
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +16,12 @@ from mlflow.entities import Run
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
-from orchestrator.tracking import Tracker, TrackingUnavailable, tracking_address
+from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import Owed, owed
+from orchestrator.tracking_store import TrackingUnavailable, tracking_address
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
+from tests.orchestrator.mlflow_server import free_port, server
 
 REFERENCE = {"kl_baseline": 2.0, "l0_cap": 128.0}
 IDENTITY = {"corpus": {"context": 128}, "training": {"tokens": 1000}, "seed": 3}
@@ -486,9 +485,7 @@ def test_an_address_that_mlflow_cannot_use_is_refused(tracking: str) -> None:
 @pytest.mark.system
 def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: bytes) -> None:
     (tmp_path / "server.db").write_bytes(migrated)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ledger = Ledger(tmp_path / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {}, None, {})
     ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
@@ -512,29 +509,6 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
         assert [(point.step, point.value) for point in points] == [(100, 1.0), (200, 0.5)]
         weights = client.download_artifacts(child.info.run_id, "dictionary/weights.safetensors", str(tmp_path))
         assert Path(weights).read_text() == "one"
-
-
-@contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        f"{folder}/art",
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def test_the_parent_says_what_was_found_and_what_failed(storage: Path, ledger: Ledger) -> None:

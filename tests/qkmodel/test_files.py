@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from qkmodel.files import exclusive, write_atomically
+from qkmodel.files import exclusive, new_folder, write_atomically
 
 
 def test_replaces_whole_and_leaves_nothing_else(tmp_path):
@@ -50,3 +50,26 @@ def test_a_lock_names_its_holder_and_is_let_go_of_by_a_kill(tmp_path):
         other.send_signal(signal.SIGKILL)
     with exclusive(lock, refuse):
         assert lock.read_text() == str(os.getpid())
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    with new_folder(tmp_path / "deep" / "folder") as partial:
+        (partial / "file").write_text("content")
+        assert not (tmp_path / "deep" / "folder").exists()
+    assert (tmp_path / "deep" / "folder" / "file").read_text() == "content"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
+
+
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), new_folder(tmp_path / "folder") as partial:
+        (partial / "file").write_text("content")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_filled_meanwhile_is_kept(tmp_path):
+    with pytest.raises(OSError), new_folder(tmp_path / "folder"):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "other").write_text("other")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "other").read_text() == "other"

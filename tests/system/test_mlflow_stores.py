@@ -7,8 +7,9 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.ledger import Ledger
-from orchestrator.tracking import Tracker, TrackingUnavailable
+from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import Owed, owed
+from orchestrator.tracking_store import TrackingUnavailable
 from tests.orchestrator.test_tracking import IDENTITY, REFERENCE, finish, start
 from tests.system.services import MlflowServer, PostgresServer
 

@@ -1,0 +1,172 @@
+"""Which dictionary of a front is chosen: rules, what they are called, and what they pick."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from orchestrator.ledger_tables import Training
+from orchestrator.pareto import knee
+from orchestrator.status import StudyStatus
+from qkmodel.errors import InputError
+
+# `l0=16` takes up to 17.6: where l0 is steered to a target, it ends a few per cent beside it
+L0_TOLERANCE = Fraction(1, 10)
+RULES = "knee, l0=16, kl_recovered>=0.95 or training=ID"
+
+_DIGITS_OF_ID = 8
+_RULE = re.compile(
+    r"(knee)|l0=(\d{1,7}(?:\.\d{1,4})?)|kl_recovered>=(\d(?:\.\d{1,6})?)|training=([0-9a-zA-Z_-]+)", re.A
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A finished training of a study, and the alias that it is registered under."""
+
+    status: StudyStatus
+    training: Training
+    alias: str
+
+
+@dataclass(frozen=True)
+class KneeRule:
+    """Where on the front more active features begin to buy less KL: `pareto.knee`."""
+
+    slug: str = "knee"
+    words: str = "is on it"
+
+    def pick(self, front: Sequence[Training]) -> Training | None:
+        return front[knee([_point(one) for one in front])] if front else None
+
+
+@dataclass(frozen=True)
+class L0Rule:
+    """The lowest kl of those with at most so many active features per token, a tenth more allowed."""
+
+    l0: Fraction
+
+    @property
+    def limit(self) -> float:
+        return float(self.l0 * (1 + L0_TOLERANCE))
+
+    @property
+    def slug(self) -> str:
+        return f"l0-{_number(self.l0)}"
+
+    @property
+    def words(self) -> str:
+        return f"has l0 ≤ {self.limit:g}"
+
+    def pick(self, front: Sequence[Training]) -> Training | None:
+        inside = [one for one in front if one.metrics["l0"] <= self.limit]
+        return min(inside, key=lambda one: (one.metrics["kl"], one.number), default=None)
+
+
+@dataclass(frozen=True)
+class RecoveredRule:
+    """The lowest l0 of those that recover at least this share of the baseline's KL."""
+
+    share: Fraction
+
+    @property
+    def slug(self) -> str:
+        return f"recovered-{_number(self.share * 100)}"
+
+    @property
+    def words(self) -> str:
+        return f"has kl_recovered ≥ {float(self.share):g}"
+
+    def pick(self, front: Sequence[Training]) -> Training | None:
+        inside = [one for one in front if one.metrics["kl_recovered"] >= float(self.share)]
+        return min(inside, key=lambda one: (one.metrics["l0"], one.number), default=None)
+
+
+@dataclass(frozen=True)
+class TrainingRule:
+    """The finished training of this id, on a front or not; its first digits will do where no other id has them."""
+
+    training_id: str
+
+
+FrontRule = KneeRule | L0Rule | RecoveredRule
+Rule = FrontRule | TrainingRule
+
+
+def parse_rule(text: str) -> Rule:
+    """The rule that a person wrote: `knee`, `l0=16`, `kl_recovered>=0.95` or `training=ID`.
+
+    Raises InputError for anything else.
+    """
+    text = "".join(text.split())
+    found = _RULE.fullmatch(text)
+    if found is None:
+        raise InputError(f"--rule: {text[:80]!r} is none; write {RULES}")
+    _, l0, share, training = found.groups()
+    if l0 is not None and Fraction(l0) < 1:
+        raise InputError(f"--rule: {text}: fronts begin at l0 1; write l0=1 or more")
+    if share is not None and not 0 < Fraction(share) <= 1:
+        raise InputError(f"--rule: {text}: kl_recovered is a share; write a number up to 1, for example 0.95")
+    if l0 is not None:
+        return L0Rule(Fraction(l0))
+    if share is not None:
+        return RecoveredRule(Fraction(share))
+    return KneeRule() if training is None else TrainingRule(training)
+
+
+def apply_rule(statuses: Sequence[StudyStatus], rule: Rule, layer: int | None = None) -> list[Choice]:
+    """What `rule` picks from the front of each study that the sweep asks for now, or of that of one layer.
+
+    Raises InputError where a front has nothing that meets the rule, and where there is no such layer or training.
+    """
+    if isinstance(rule, TrainingRule):
+        return [_choose_training(statuses, rule, layer)]
+    current = [status for status in statuses if status.study.is_current]
+    wanted = [status for status in current if layer in (None, status.study.layer)]
+    if not wanted:
+        layers = ", ".join(str(status.study.layer) for status in current) or "none"
+        raise InputError(f"--layer: the sweep has no such layer as of its latest start; it has {layers}")
+    picked = [(status, rule.pick(status.front)) for status in wanted]
+    if misses := [_what_there_is(status, rule) for status, training in picked if training is None]:
+        raise InputError("; ".join(misses))
+    return [Choice(status, training, rule.slug) for status, training in picked if training is not None]
+
+
+def _choose_training(statuses: Sequence[StudyStatus], rule: TrainingRule, layer: int | None) -> Choice:
+    wanted = rule.training_id
+    pairs = [(status, one) for status in statuses for one in status.trainings if one.training_id.startswith(wanted)]
+    exact = [pair for pair in pairs if pair[1].training_id == wanted]
+    if len(exact or pairs) != 1:
+        problem = f"{len(pairs)} trainings begin with {wanted}" if pairs else f"the sweep has no training {wanted}"
+        raise InputError(f"training: {problem}; orchestrate fronts --json lists ids")
+    ((status, training),) = exact or pairs
+    if layer not in (None, training.layer):
+        raise InputError(f"--layer: training {training.training_id} is of layer {training.layer}, not {layer}")
+    if training.state != "finished":
+        raise InputError(f"training: {training.training_id} is {training.state}; only finished ones have a dictionary")
+    return Choice(status, training, f"training-{training.training_id[:_DIGITS_OF_ID]}")
+
+
+def _what_there_is(status: StudyStatus, rule: FrontRule) -> str:
+    front = status.front
+    if not front:
+        return f"{status.title}: the front is empty; nothing has finished inside the feasible box yet"
+    recovered = [one.metrics["kl_recovered"] for one in front]
+    return (
+        f"{status.title}: no training on the front {rule.words}; it offers l0 {front[0].metrics['l0']:.4g} to "
+        f"{front[-1].metrics['l0']:.4g} and kl_recovered {min(recovered):.4g} to {max(recovered):.4g}"
+    )
+
+
+def _point(training: Training) -> tuple[float, float]:
+    return training.metrics["l0"], training.metrics["kl"]
+
+
+def _number(value: Fraction) -> str:
+    """As decimal digits, with `_` for the point: aliases hold letters, digits, `-` and `_` only."""
+    return f"{float(value):.6f}".rstrip("0").rstrip(".").replace(".", "_")
+
+
+def shown_metrics(training: Training) -> dict[str, float | None]:
+    """The final metrics without those of single heads."""
+    return {name: value for name, value in training.metrics.items() if not name.startswith("kl_head_")}

@@ -1,0 +1,140 @@
+"""The model card of an exported dictionary: what it is, how good, where it comes from, how to load it."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from orchestrator.choice import Choice
+from orchestrator.ledger_tables import SweepRecord, Training
+from qkmodel.dictionary import DictionaryConfig
+from qkmodel.model_description import BUNDLED_MODELS
+
+# owner/name, as hubs call models; a local folder is none
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
+_BOTH_WAYS = ("kl", "kl_query", "kl_key", "kl_baseline", "kl_recovered")
+_ONCE = ("l0", "l0_query", "l0_key", "top1", "max_error", "dead_query", "dead_key", "ce_recovered")
+_FRONT = ("l0", "kl", "kl_recovered", "kl_recovered_no_bos", "top1", "ce_recovered")
+
+
+def model_card(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> str:
+    """Markdown with YAML front matter. `config` is that of the dictionary that was chosen."""
+    sections = [
+        f"---\n{_front_matter(config)}\n---",
+        f"# Query and key transcoders of {_code(config.model.config.name)}, layer {config.model.layer}",
+        _what_it_is(config),
+        "## Metrics",
+        _how_measured(config),
+        _table(("", "all positions", "without BOS"), [_both_ways(config, name) for name in _BOTH_WAYS]),
+        _table(("", "value"), [(_code(name), _figure(config.metrics.get(name))) for name in _ONCE]),
+        "## The front it comes from",
+        f"Chosen as {_code(choice.alias)} from {choice.status.counts['finished']:,} finished trainings, of which these "
+        "are Pareto-optimal in KL and active features per token (`l0`):",
+        _table(("", *_FRONT, "training"), [_member(one, choice.training) for one in _shown(choice)]),
+        "## How to load it",
+        _how_to_load(choice.training),
+        "## Where it comes from",
+        _table(("", ""), _provenance(sweep, choice, config)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(config: DictionaryConfig) -> str:
+    name = config.model.config.name
+    is_of_hub = name not in BUNDLED_MODELS and _HUB_NAME.fullmatch(name) is not None
+    data = ModelCardData(
+        base_model=name if is_of_hub else None,
+        library_name="qkmodel",
+        tags=["interpretability", "attention", "sparse-dictionary", "transcoder", "safetensors"],
+    )
+    return data.to_yaml().strip()
+
+
+def _what_it_is(config: DictionaryConfig) -> str:
+    opened = "with no opening token" if config.corpus.bos is None else f"opened by {_code(config.corpus.bos)}"
+    sides = config.hyperparameters.query_side, config.hyperparameters.key_side
+    features = " and ".join(f"{side.dictionary_size:,}" for side in sides)
+    return (
+        f"Two sparse dictionaries ({features} features, {_code(config.hyperparameters.activation)}) that read what "
+        f"attention layer {config.model.layer} of {_code(config.model.config.name)} receives and write the layer's "
+        "queries and keys, trained so that the attention pattern made from them equals the model's own (after "
+        "[Wynroe & Sharkey 2024](https://www.lesswrong.com/posts/2ep6FGjTQoGDRnhrq/)). Trained on "
+        f"{config.training.tokens:,} tokens of {_code(config.corpus.config.name)} in sequences of "
+        f"{config.corpus.config.context}, {opened}."
+    )
+
+
+def _how_measured(config: DictionaryConfig) -> str:
+    return (
+        f"On {config.training.validation_sequences:,} held-out sequences of {config.corpus.config.context} tokens. "
+        "KL is in nats, mean over heads and query positions; *without BOS* leaves the first key position out. The "
+        "baseline has the mean query and key at every position; *recovered* is 1 − KL / baseline KL."
+    )
+
+
+def _how_to_load(training: Training) -> str:
+    return f"""```python
+from qkmodel import load_dictionary  # of the QK sweep orchestrator
+
+dictionary = load_dictionary("FOLDER", sha256="{training.dictionary_sha256}")
+# x: what the layer's query and key projections receive, [batch, token, d_model]
+f_query = dictionary.transcoder.query.encode(x)  # [batch, token, feature], non-negative
+q_hat, k_hat = dictionary.transcoder(x)  # flattened queries and keys, before rotary
+d_head = dictionary.config.geometry.d_head
+p_hat = dictionary.attention.pattern(q_hat.unflatten(-1, (-1, d_head)), k_hat.unflatten(-1, (-1, d_head)))
+```
+
+The folder holds safetensors and JSON only; with `sha256` every file is compared with what was recorded in training."""
+
+
+def _provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> list[tuple[str, str]]:
+    training = choice.training
+    values = training.hyperparameters.items()
+    rows = {
+        "sweep": sweep.name,
+        "study": choice.status.study.study_id,
+        "training": training.training_id,
+        "hyperparameters": ", ".join(f"{name}={value}" for name, value in values if value is not None),
+        "sweep seed": config.sweep_seed,
+        "dictionary, SHA-256": training.dictionary_sha256,
+        "model weights, SHA-256": config.model.weights_sha256,
+        "model revision": config.model.config.revision,
+        "corpus, SHA-256": config.corpus.sha256,
+        "hook": config.model.hook,
+        "code": config.git_sha,
+        "packages": ", ".join(f"{name} {version}" for name, version in sorted(config.versions.items())),
+    }
+    return [(name, _code(str(value))) for name, value in rows.items() if value is not None]
+
+
+def _shown(choice: Choice) -> list[Training]:
+    """The front, and the chosen training where it is not on it."""
+    front = choice.status.front
+    return front if choice.training in front else [*front, choice.training]
+
+
+def _member(training: Training, chosen: Training) -> tuple[str, ...]:
+    mark = "**this**" if training.training_id == chosen.training_id else ""
+    return (mark, *(_figure(training.metrics.get(name)) for name in _FRONT), training.label)
+
+
+def _both_ways(config: DictionaryConfig, name: str) -> tuple[str, ...]:
+    return (_code(name), _figure(config.metrics.get(name)), _figure(config.metrics.get(f"{name}_no_bos")))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _code(text: str) -> str:
+    """Text as it stands, whatever it holds: on one line, fenced by more backticks than it has."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

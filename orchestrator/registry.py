@@ -1,0 +1,255 @@
+"""Chosen dictionaries in MLflow's registry, and back out of it.
+
+A version's tag is the record that a dictionary is compared with when it is loaded. A version is made after its files
+have arrived, with all its tags at once, and gets its alias last: what is cut off leaves no alias and no version.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from orchestrator.addresses import redact_url, sqlite_file
+from orchestrator.choice import Choice, shown_metrics
+from orchestrator.ledger import Ledger
+from orchestrator.ledger_tables import Study, SweepRecord, Training
+from orchestrator.status import front_member
+from orchestrator.tracking_run import find_or_create_experiment, milliseconds
+from orchestrator.tracking_store import (
+    LOCK_FILE,
+    STUDY_TAG,
+    TRAINING_TAG,
+    ask_database,
+    prepare_client,
+    tracking_address,
+    unavailable,
+)
+from qkmodel.dictionary import FILES, Dictionary, DictionaryConfig
+from qkmodel.dictionary import load_dictionary as load_folder
+from qkmodel.errors import InputError
+from qkmodel.files import exclusive
+from qkmodel.model_description import model_slug
+
+SHA256_TAG = "qk.dictionary_sha256"
+MODEL_TYPE = "qk-transcoder"
+
+_REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))", re.ASCII)
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model.
+
+    `is_new` says whether it was made now, `alias_was` which version had the alias before.
+    """
+
+    name: str
+    version: str
+    alias: str
+    is_new: bool
+    alias_was: str | None
+
+    @property
+    def reference(self) -> str:
+        return f"models:/{self.name}@{self.alias}"
+
+
+def registered_name(config: DictionaryConfig) -> str:
+    """`qk.smollm2-135m.L08`: one registered model per language model and layer."""
+    return f"qk.{model_slug(config.model.config)}.L{config.model.layer:02d}"
+
+
+def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Sequence[Choice]) -> list[Registered]:
+    """Register the chosen dictionaries, or find them registered, and point their aliases to them.
+
+    `tracking` and `storage` as in the sweep file. Raises InputError when a dictionary is damaged, before anything is
+    registered, and TrackingUnavailable when MLflow cannot take one now; that one then has neither version nor alias.
+    """
+    address, artifact_root = tracking_address(tracking, storage)
+    folders = [ledger.folder / choice.training.dictionary for choice in choices]
+    configs = [
+        load_folder(folder, choice.training.dictionary_sha256).config
+        for folder, choice in zip(folders, choices, strict=True)
+    ]
+    # against another `choose` on this machine: both would find no version and make one
+    with _answered_in_one_line(address), exclusive(storage / LOCK_FILE, lambda holder: None):
+        client = _connect(address)
+        registration = _Registration(client, ledger.sweep(), artifact_root)
+        return [registration.of(*one) for one in zip(choices, folders, configs, strict=True)]
+
+
+def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
+    """The dictionary that `models:/NAME@ALIAS` or `models:/NAME/VERSION` stands for in MLflow's registry.
+
+    `tracking` is the address of the store; None is what MLFLOW_TRACKING_URI says, or else runs/mlflow.db in the present
+    folder. The files are compared with the hash that the registry records; only safetensors and JSON are read. Raises
+    InputError when there is no such dictionary or it is not the one that was registered, and TrackingUnavailable when
+    MLflow cannot be reached.
+    """
+    found = _REFERENCE.fullmatch(reference)
+    if found is None:
+        raise InputError(f"{reference[:200]!r} names no dictionary; write models:/NAME@ALIAS or models:/NAME/VERSION")
+    address, _ = tracking_address(tracking or os.environ.get("MLFLOW_TRACKING_URI") or None, Path("runs"))
+    try:
+        file = sqlite_file(address)
+    except ValueError as error:
+        raise InputError(f"tracking: {redact_url(address)} {error}") from error
+    if file is not None and not file.is_file():
+        raise InputError(f"{file}: no tracking store here; give its address as tracking=, or set MLFLOW_TRACKING_URI")
+    with tempfile.TemporaryDirectory() as scratch:
+        with _answered_in_one_line(address):
+            client = _connect(address)
+            version = _look_up(client, address, reference, **found.groupdict())
+            source = client.get_model_version_download_uri(version.name, version.version)
+            for name in FILES:
+                mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+        try:
+            return load_folder(scratch, version.tags[SHA256_TAG])
+        except InputError as error:
+            raise InputError(f"{reference}: {str(error).replace(f'{scratch}/', '')}") from error
+
+
+def chosen_record(
+    ledger: Ledger, choice: Choice, registered: Registered, tracking: str | None, storage: Path
+) -> dict[str, Any]:
+    """One of what `orchestrate choose --json` prints: what was registered, as what, and how to load it."""
+    address, _ = tracking_address(tracking, storage)
+    shown = redact_url(address)
+    arguments = [json.dumps(registered.reference)]
+    if shown == address:
+        arguments.append(f"tracking={json.dumps(address, ensure_ascii=False)}")
+    return {
+        "study_id": choice.status.study.study_id,
+        "layer": choice.status.study.layer,
+        "reference": registered.reference,
+        "version": registered.version,
+        "is_new": registered.is_new,
+        "alias_was": registered.alias_was,
+        "tracking": shown,
+        "python": f"from orchestrator import load_dictionary; dictionary = load_dictionary({', '.join(arguments)})",
+        **front_member(ledger, choice.training),
+    }
+
+
+def _connect(address: str) -> MlflowClient:
+    prepare_client()
+    if not address.startswith("http"):
+        ask_database(address)
+    return MlflowClient(tracking_uri=address, registry_uri=address)
+
+
+@contextmanager
+def _answered_in_one_line(address: str) -> Iterator[None]:
+    try:
+        yield
+    except _ERRORS as error:
+        raise unavailable(address, error) from error
+
+
+def _look_up(
+    client: MlflowClient, address: str, reference: str, name: str, alias: str | None, version: str | None
+) -> ModelVersion:
+    try:
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code not in _ABSENT:
+            raise
+        raise InputError(
+            f"{reference}: not in the registry of {redact_url(address)}; see orchestrate choose"
+        ) from error
+    if SHA256_TAG not in found.tags:
+        raise InputError(f"{reference}: was not registered by orchestrate choose: it has no tag {SHA256_TAG}")
+    return found
+
+
+class _Registration:
+    """Registers dictionaries of one sweep. `artifact_root` is None where a server decides."""
+
+    def __init__(self, client: MlflowClient, sweep: SweepRecord, artifact_root: str | None) -> None:
+        self._client = client
+        self._sweep = sweep
+        self._artifact_root = artifact_root
+        self._experiment = find_or_create_experiment(client, sweep.name, artifact_root)
+
+    def of(self, choice: Choice, folder: Path, config: DictionaryConfig) -> Registered:
+        name, sha256 = registered_name(config), choice.training.dictionary_sha256
+        found = self._client.search_model_versions(f"name = '{name}' and tags.`{SHA256_TAG}` = '{sha256}'")
+        version = found[0].version if found else self._make_version(name, choice, folder, config)
+        before = self._client.get_registered_model(name).aliases.get(choice.alias)
+        self._client.set_registered_model_alias(name, choice.alias, version)
+        return Registered(name, str(version), choice.alias, not found, None if before is None else str(before))
+
+    def _make_version(self, name: str, choice: Choice, folder: Path, config: DictionaryConfig) -> str:
+        """Upload, and only then make the version. Where MLflow has the training's run, the version belongs to it."""
+        client, training = self._client, choice.training
+        condition = f"tags.`{TRAINING_TAG}` = '{training.training_id}'"
+        runs = client.search_runs([self._experiment], condition, max_results=1)
+        run_id = runs[0].info.run_id if runs else None
+        tags = _provenance(self._sweep, choice, config)
+        params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
+        metrics = {key: value for key, value in shown_metrics(training).items() if value is not None}
+        # names of logged models hold no points
+        model = client.create_logged_model(self._experiment, name.replace(".", "-"), run_id, tags, params, MODEL_TYPE)
+        try:
+            for file in FILES:
+                client.log_model_artifact(model.model_id, str(folder / file))
+            if run_id is not None:
+                self._show_metrics(run_id, model.model_id, training, metrics)
+            client.finalize_logged_model(model.model_id, "READY")
+        except _ERRORS:
+            with suppress(*_ERRORS):
+                client.finalize_logged_model(model.model_id, "FAILED")
+            raise
+        _ensure_registered_model(client, name, choice.status.study)
+        tags |= params | {key: repr(value) for key, value in metrics.items()}
+        if self._artifact_root is None:
+            source = f"models:/{model.model_id}"
+            return client.create_model_version(name, source, run_id, tags, model_id=model.model_id).version
+        # a database store would look a logged model up in the store that is this process's default
+        return client.create_model_version(name, model.artifact_location, run_id, tags).version
+
+    def _show_metrics(self, run_id: str, model_id: str, training: Training, metrics: Mapping[str, float]) -> None:
+        """On the logged model's page. The run has the same points, and MLflow keeps one of equal ones."""
+        ended, tokens = milliseconds(training.finished), training.tokens_done
+        points = [Metric(key, value, ended, tokens, model_id=model_id) for key, value in metrics.items()]
+        self._client.log_batch(run_id, metrics=points)
+
+
+def _ensure_registered_model(client: MlflowClient, name: str, study: Study) -> None:
+    try:
+        client.create_registered_model(name, description=f"QK transcoders of {study.model}, layer {study.layer}")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> dict[str, str]:
+    """Where the dictionary comes from, as tags."""
+    study, training = choice.status.study, choice.training
+    facts = {
+        "qk.sweep": sweep.name,
+        STUDY_TAG: study.study_id,
+        TRAINING_TAG: training.training_id,
+        SHA256_TAG: training.dictionary_sha256,
+        "qk.layer": str(study.layer),
+        "qk.model": study.model,
+        "qk.model_weights_sha256": config.model.weights_sha256,
+        "qk.corpus": study.corpus,
+        "qk.corpus_sha256": config.corpus.sha256,
+        "qk.git_sha": config.git_sha,
+    }
+    return {name: value for name, value in facts.items() if value is not None}

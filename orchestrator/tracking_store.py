@@ -1,0 +1,72 @@
+"""Where MLflow keeps runs and registered dictionaries, and how it is asked: no long waits, one line when it fails."""
+
+import logging
+import os
+from pathlib import Path
+
+from sqlalchemy import create_engine, inspect
+
+from orchestrator.addresses import redact_url
+from qkmodel.errors import InputError
+
+# by which runs, logged models and registered dictionaries are found
+TRAINING_TAG = "qk.training_id"
+STUDY_TAG = "qk.study_id"
+# beside the sweeps' folders
+LOCK_FILE = "mlflow.db.lock"
+# a dead server then costs seconds instead of minutes; what the user set stays
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+class TrackingUnavailable(Exception):
+    """MLflow could not be reached or refused; the message is one line without passwords."""
+
+
+def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | None]:
+    """(MLflow's tracking address, artifact root): the root is None where a server decides.
+
+    Without `tracking` it is an SQLite file in `storage`. Raises InputError for an address of a kind that
+    MLflow cannot keep runs at.
+    """
+    artifact_root = (storage.absolute() / "mlflow-artifacts").as_uri()
+    if tracking is None:
+        return f"sqlite:///{storage.absolute() / 'mlflow.db'}", artifact_root
+    scheme = tracking.partition("://")[0] if "://" in tracking else ""
+    if scheme in ("http", "https"):
+        return tracking, None
+    if scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
+        return tracking, artifact_root
+    raise InputError(
+        f"tracking: {redact_url(tracking)!r} is not an MLflow address; "
+        "give http(s)://HOST:PORT of a server, sqlite:///PATH, or null for a file beside the sweeps"
+    )
+
+
+def prepare_client() -> None:
+    """Has MLflow's client, from now on, give up within seconds and say nothing by itself."""
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # what goes wrong is said in one line, by whoever asked; MLflow would add a traceback
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def ask_database(address: str) -> None:
+    """Raises SQLAlchemyError or ImportError where a database does not answer: MLflow itself retries for minutes."""
+    engine = create_engine(address)
+    inspect(engine).get_table_names()
+    engine.dispose()
+
+
+def unavailable(address: str, error: Exception) -> TrackingUnavailable:
+    """What MLflow or a library below it raised, as one line that names the store."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # a download that failed is told in a list
+    reason = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
+    return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: {redact_url(reason)}")
