@@ -303,7 +303,9 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         _print_fronts(outcome.ledger)
     if outcome.tracking_error is not None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
-        messages.print(f"once it is there: orchestrate track {shlex.quote(str(file))}", markup=False, soft_wrap=True)
+        # the ledger keeps no password, the file no overrides
+        where = str(file if HIDDEN in redact_url(config.tracking or "") else outcome.ledger.folder)
+        messages.print(f"once it is there: orchestrate track {shlex.quote(where)}", markup=False, soft_wrap=True)
     folder = shlex.quote(str(outcome.ledger.folder))
     messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
     if outcome.stopped:

@@ -81,7 +81,7 @@ class Ledger(StudyRecords):
         """Record values reached after `tokens` tokens and `seconds` of training, both counted from the start.
 
         A value that was reported before at the same number of tokens (a continued training repeats the steps
-        since its checkpoint) keeps its first value.
+        since its checkpoint) keeps its first value. Who got further has all attempts again.
         """
         common = {"training_id": training_id, "tokens": tokens, "recorded": datetime.now(UTC)}
         values = [{"name": name, "value": finite_or_none(value), **common} for name, value in metrics.items()]
@@ -89,6 +89,7 @@ class Ledger(StudyRecords):
             is_unfinished = self._update(
                 session,
                 training_id,
+                failures=case((TrainingRow.tokens_done < tokens, 0), else_=TrainingRow.failures),
                 tokens_done=func.max(TrainingRow.tokens_done, tokens),
                 seconds=func.max(TrainingRow.seconds, seconds),
             )

@@ -70,7 +70,8 @@ class LedgerFile:
         """One transaction: committed at the end of the block, rolled back on an exception.
 
         Within the block, what this thread asks of the ledger and writes to it is part of the transaction.
-        Raises OSError when the database cannot be read or written now: a full disk, a folder that is gone.
+        Raises OSError when the database cannot be read or written now: a full disk, a folder that is gone; InputError
+        when its file is damaged.
         """
         if (session := getattr(self._begun, "session", None)) is not None:
             yield session
@@ -84,6 +85,12 @@ class LedgerFile:
                     self._begun.session = None
         except OperationalError as error:
             raise OSError(f"{self.path}: {error.orig}; once that is mended the same command continues") from error
+        except DatabaseError as error:
+            # its subclasses are mistakes of ours
+            if type(error) is not DatabaseError:
+                raise
+            what = f"{self.path} is damaged ({error.orig})"
+            raise InputError(f"{what}; put a copy of it there, or use another sweep name") from error
 
 
 def _create_or_open(path: Path) -> Engine:

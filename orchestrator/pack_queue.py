@@ -100,8 +100,6 @@ class PackQueue:
         per_step = next((study.tokens_per_step for study in studies), 1)
         self._decisions = RungDecisions(ledger, settings.halving, per_step)
         self._running: dict[str, tuple[StudyWork, PackOrder]] = {}
-        # of the members of running packs: what they had trained on when their pack began
-        self._tokens_before: dict[str, int] = {}
         by_progress = settings.allocation == "by_progress"
         self._hypervolumes = {one.study_id: HypervolumesInTime(ledger, one.study_id) for one in studies if by_progress}
         self._packs_made = 0
@@ -144,7 +142,6 @@ class PackQueue:
             for one in members:
                 identifier = one.training.training_id
                 self._waiting.pop(identifier, None)
-                self._tokens_before[identifier] = self._ledger.training(identifier).tokens_done
                 self._ledger.start(identifier, order.pack_id, group.study.machine)
         self._running[order.pack_id] = group.study, order
         return order
@@ -208,9 +205,7 @@ class PackQueue:
             # asked to stop, or past a rung
             self._ledger.reopen(training.training_id, training.failures)
             return False
-        # whoever got further since the pack began will get further again
-        earlier = training.failures if training.tokens_done == self._tokens_before[training.training_id] else 0
-        reason, failures = error or "its pack ended before it did", earlier + 1
+        reason, failures = error or "its pack ended before it did", training.failures + 1
         if failures < MAX_FAILURES:
             _log.warning("%s: %s; it is tried again", training.training_id, reason)
             self._ledger.reopen(training.training_id, failures)

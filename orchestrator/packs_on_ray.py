@@ -13,7 +13,7 @@ from ray import tune
 
 from orchestrator.pack_queue import PackQueue
 from orchestrator.plan import SweepPlan
-from orchestrator.ray_connection import Capacity, connected_ray
+from orchestrator.ray_connection import RAY_ENDED, Capacity, connected_ray, head_answers
 from orchestrator.search.searcher import PackSearcher
 from orchestrator.stopping import Stopping
 from orchestrator.trainable import PackTrainable
@@ -42,7 +42,7 @@ class RayStopped(Exception):
 class _Watch(tune.Callback):
     """Looks around in Tune's loop: for used-up budgets, storage that takes nothing any more, and the end of Ray.
 
-    Raises OSError for such storage, and RayStopped once no node is left, where Tune would wait for one for ever.
+    Raises OSError for such storage, and RayStopped once the head or the last node is gone: Tune would wait for it.
     """
 
     def __init__(self, stopping: Stopping, searcher: PackSearcher) -> None:
@@ -57,8 +57,8 @@ class _Watch(tune.Callback):
             return
         self._next_check = time.monotonic() + CHECK_SECONDS
         self._stopping.check_budget()
-        if not any(node["Alive"] for node in ray.nodes()):
-            raise RayStopped("Ray ended; the same command continues the sweep where it was")
+        if not head_answers() or not any(node["Alive"] for node in ray.nodes()):
+            raise RayStopped(RAY_ENDED)
 
     def __getstate__(self) -> dict[str, Any]:
         # Tuner pickles its callbacks when it is built; a database connection must not go along

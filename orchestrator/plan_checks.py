@@ -90,12 +90,12 @@ def check_cluster() -> None:
     if not address:
         return
     host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()) or "/" in host:
+    if not (host and port.isascii() and port.isdigit()) or "/" in host:
         raise InputError(f"{RAY_ADDRESS}: {address} is no HOST:PORT of a Ray head node; 6379 is the usual port")
     try:
         socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise InputError(
-            f"{RAY_ADDRESS}: no Ray head node answers at {address} ({error.strerror or error}); "
+            f"{RAY_ADDRESS}: no Ray head node answers at {address} ({getattr(error, 'strerror', None) or error}); "
             "start one, or unset the variable to train on this machine alone"
         ) from error

@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -16,6 +18,9 @@ from orchestrator.plan_figures import packs_at_once
 from qkmodel.errors import InputError
 
 CAPACITY_SECONDS = 1.0
+HEAD_SECONDS = 3.0
+HEAD_PATIENCE_SECONDS = 12.0
+RAY_ENDED = "Ray ended; the same command continues the sweep where it was"
 
 
 @contextlib.contextmanager
@@ -32,10 +37,29 @@ def connected_ray() -> Iterator[None]:
         _connect()
         # Ray's own handler ends in a C++ crash dump
         signal.signal(signal.SIGTERM, on_termination)
+        over = threading.Event()
+        threading.Thread(target=_watch_head, args=(over,), name="ray-head", daemon=True).start()
         try:
             yield
         finally:
+            over.set()
             ray.shutdown()
+
+
+def _watch_head(over: threading.Event) -> None:
+    """Ends this process once the head is gone for long: its main thread may be in a call that does not return.
+
+    Ray would end it too, after a minute and with a crash dump. The next start finds everything in the ledger.
+    """
+    gone_since = None
+    while not over.wait(HEAD_SECONDS):
+        if head_answers():
+            gone_since = None
+        elif gone_since is None:
+            gone_since = time.monotonic()
+        elif time.monotonic() - gone_since > HEAD_PATIENCE_SECONDS:
+            os.write(2, f"error: {RAY_ENDED}\n".encode())
+            os._exit(1)
 
 
 def _connect() -> None:
@@ -48,7 +72,18 @@ def _connect() -> None:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        raise InputError(f"{RAY_ADDRESS}: {address}: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{RAY_ADDRESS}: {address}: {reason}") from error
+
+
+def head_answers() -> bool:
+    """Whether the head node is there. Asked first, since a question to Ray itself waits a minute for a dead one."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), HEAD_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 class Capacity:
@@ -62,6 +97,9 @@ class Capacity:
     def __call__(self) -> int:
         if time.monotonic() >= self._asked + CAPACITY_SECONDS:
             self._asked = time.monotonic()
+            # a dead head is noticed elsewhere
+            if not head_answers():
+                return 0
             self._packs = sum(self._packs_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
         return self._packs
 

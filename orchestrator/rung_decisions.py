@@ -45,22 +45,28 @@ class RungDecisions:
     def next_stop(self, training_id: str, steps_done: int, last_step: int) -> int:
         """The step at which the training's pack ends: its next rung, or `last_step`.
 
-        A rung at `steps_done` is still to come where nothing was decided there yet. What was stopped once and is taken
-        up again goes to its end.
+        A rung at which the training was decided about is passed: one that begins again meets it a second time. What was
+        stopped once and is taken up again goes to its end.
         """
         if self._halving is None or training_id in self._stopped:
             return last_step
         for rung in self._halving.rungs:
-            is_here = rung == steps_done and (training_id, rung * self._tokens_per_step) not in self._decided
-            if rung < last_step and (rung > steps_done or is_here):
+            is_decided = (training_id, rung * self._tokens_per_step) in self._decided
+            if steps_done <= rung < last_step and not is_decided:
                 return rung
         return last_step
 
     def decide(self, reached: Sequence[tuple[Training, Metrics]], tokens: int) -> list[Decision]:
-        """Decides, once for all, about trainings of one study that reached a rung together.
+        """Decides about trainings of one study that reached a rung together.
 
-        [] where `tokens` are those of no rung.
+        About those only that were never decided about there, nor stopped anywhere: [] where there are none, or where
+        `tokens` are those of no rung.
         """
+        reached = [
+            (training, metrics)
+            for training, metrics in reached
+            if (training.training_id, tokens) not in self._decided and training.training_id not in self._stopped
+        ]
         step = tokens // self._tokens_per_step
         if self._halving is None or step not in self._halving.rungs or not reached:
             return []

@@ -39,6 +39,11 @@ class Lease:
         self._thread.join()
         _update(self._ledger, self.start, ended=datetime.now(UTC))
 
+    @property
+    def is_latest(self) -> bool:
+        """Whether no other driver took over since."""
+        return _latest(self._ledger).number == self.start
+
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             try:

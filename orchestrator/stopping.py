@@ -12,6 +12,7 @@ from orchestrator.permit import ask_to_stop
 
 # Schedulers send SIGKILL after 10 s or more. What packs have not written by then costs one checkpoint interval.
 GRACE_SECONDS = 7.0
+BREAK_OFF_SECONDS = 0.1
 
 
 class Stopping:
@@ -53,10 +54,14 @@ class Stopping:
             os.write(2, b"ended at once; the same command continues from the last checkpoints\n")
             os._exit(128 + number)
         self.signal = number
-        self._stop()
         # SIGALRM wakes Tune's loop, whatever it waits for
         signal.signal(signal.SIGALRM, self._break_off)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+        try:
+            self._stop()
+        except OSError:
+            # a full disk, a folder that is gone: packs cannot be told, so there is nothing to wait for
+            signal.setitimer(signal.ITIMER_REAL, BREAK_OFF_SECONDS)
 
     def _break_off(self, number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -39,6 +39,8 @@ from qkmodel.files import write_atomically
 from qkmodel.products import product_dtype
 
 TRACKING_INTERVAL_SECONDS = 5.0
+# of the ten seconds that are left after a signal, Ray and the packs take the most
+INTERRUPTED_TRACKING_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
             held.enter_context(only_driver(plan.folder))
             # the process before this one may have ended just now
             plan = make_plan(plan.config, fresh=plan.fresh)
-        for line in plan.change_lines:
-            view.say(line)
         if plan.lost_line is not None:
             view.say(plan.lost_line)
         checked = check_plan(plan, view.say)
+        # only now is it known which token opens sequences
+        for line in checked.plan.change_lines:
+            view.say(line)
         if checked.measured is not None:
             keep_opening_token(checked.measured, checked.plan.bos_file)
         prepared = prepare(checked, view.say, view.cache_progress) if checked.plan.trainings_left else None
@@ -97,6 +100,8 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
             held.enter_context(only_driver(plan.folder))
         if with_git_diff:
             write_atomically(plan.folder / GIT_DIFF_FILE, git_diff().encode())
+        else:
+            (plan.folder / GIT_DIFF_FILE).unlink(missing_ok=True)
         return _run_prepared(plan, prepared, view)
 
 
@@ -104,15 +109,15 @@ def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView
     ledger = Ledger(plan.folder / LEDGER_FILE)
     lease = Lease(ledger)
     try:
-        return _run_leased(plan, prepared, view, ledger, lease.start)
+        return _run_leased(plan, prepared, view, ledger, lease)
     finally:
         lease.release()
 
 
 def _run_leased(
-    plan: SweepPlan, prepared: Preparation | None, view: SweepView, ledger: Ledger, start: int
+    plan: SweepPlan, prepared: Preparation | None, view: SweepView, ledger: Ledger, lease: Lease
 ) -> SweepOutcome:
-    config = plan.config
+    config, start = plan.config, lease.start
     # from here on workers of an earlier start write nothing
     grant(plan.folder, start)
     facts = {"machine": machine_facts(), "plan": plan_facts(plan)}
@@ -132,7 +137,7 @@ def _run_leased(
     ledger.set_current({study.study_id: study.tokens_planned for study in plan.studies})
     tracking = TrackingThread(Tracker(config.tracking, storage_folder(config), ledger), TRACKING_INTERVAL_SECONDS)
     works: list[StudyWork] = []
-    ended: EndStatus = "KILLED"
+    patience: float | None = INTERRUPTED_TRACKING_SECONDS
     budget_line = None
     try:
         if prepared is not None:
@@ -143,13 +148,15 @@ def _run_leased(
             )
             view.training_started(plan, ledger)
             budget_line = train_packs(plan, queue, start)
-        ended = "FINISHED"
+        patience = None
     finally:
         try:
             # Ray is down and its workers with it
-            ledger.reopen_running()
+            if lease.is_latest:
+                ledger.reopen_running()
         finally:
-            tracking_error = tracking.stop(ended)
+            ended = "KILLED" if patience is not None else end_status(ledger)
+            tracking_error = tracking.stop(ended, patience)
     wanted = {identifier for work in works for identifier in work.wanted}
     states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)
     failed = states["failed"] + plan.diverged
@@ -191,7 +198,7 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
     shared = len(plan.studies) if config.search.layer_allocation == "by_progress" else 1
     search = StudySearch(
         config.search.space,
-        config.search.sampler,
+        plan.sampler,
         config.search.trainings * shared,
         config.seed,
         history(ledger, study.study_id, unfinished),

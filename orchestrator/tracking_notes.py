@@ -21,7 +21,7 @@ TRAINING, STATUS, REPORTS = "training", "status", "reports"
 
 @dataclass(frozen=True)
 class Owed:
-    """Trainings whose latest state MLflow has not heard of, and reports that it lacks."""
+    """Trainings of which MLflow lacks the latest state or reports, and how many reports those are."""
 
     trainings: int
     reports: int
@@ -55,8 +55,9 @@ def owed(ledger: Ledger) -> Owed:
         note = notes.get(training.training_id, {})
         status = note.get(STATUS, "")
         # what has finished reports no more, even where it is trained again
-        if status == status_mark(training) or status.startswith(RUN_STATUS["finished"]):
+        if status.startswith(RUN_STATUS["finished"]):
             continue
-        trainings += 1
-        reports += ledger.count_reports(training.training_id, after=int(note.get(REPORTS, 0)))
+        missing = ledger.count_reports(training.training_id, after=int(note.get(REPORTS, 0)))
+        trainings += missing > 0 or status != status_mark(training)
+        reports += missing
     return Owed(trainings, reports)

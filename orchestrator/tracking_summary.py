@@ -13,7 +13,9 @@ from orchestrator.tracking_run import MAX_METRICS, batches, milliseconds
 
 # the tag that MLflow's page of a run shows as its description, in Markdown
 DESCRIPTION_TAG = "mlflow.note.content"
-_MOST_FAILURES = 20
+# what MLflow keeps of a tag
+MAX_CHARACTERS = 8000
+_MOST_ROWS, _MOST_FAILURES = 12, 5
 
 
 class SweepSummary:
@@ -30,7 +32,7 @@ class SweepSummary:
         statuses = study_statuses(self._ledger)
         for status in statuses:
             self._deliver_hypervolumes(status, names[status.study.study_id], notes)
-        text = "\n\n".join(_description(status, names[status.study.study_id]) for status in statuses)
+        text = "\n\n".join(_description(status, names[status.study.study_id]) for status in statuses)[:MAX_CHARACTERS]
         if notes.get("description") != text:
             self._client.set_tag(self._parent, DESCRIPTION_TAG, text)
             self._ledger.note_delivered(self._parent, "description", text)
@@ -53,7 +55,9 @@ def _description(status: StudyStatus, name: str) -> str:
     lines = [f"### {name}", f"{counts}; {len(status.front)} on the front, hypervolume {status.hypervolume:.2f}", ""]
     if status.front:
         lines += ["| training | l0 | KL | recovered | recovered, no BOS |", "|---|---|---|---|---|"]
-        lines += [_front_row(training) for training in status.front]
+        lines += [_front_row(training) for training in status.front[:_MOST_ROWS]]
+        if len(status.front) > _MOST_ROWS:
+            lines += ["", f"and {len(status.front) - _MOST_ROWS} more: fronts/{name}.json"]
     failures = [training for training in status.trainings if training.state == "failed"]
     lines += _failure_lines(failures)
     return "\n".join(lines)

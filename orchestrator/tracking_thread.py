@@ -12,30 +12,33 @@ _log = logging.getLogger(__name__)
 
 
 class TrackingThread:
-    """Delivers every `interval` seconds, and remembers the last error."""
+    """Delivers every `interval` seconds and once at the end, and remembers the last error."""
 
     def __init__(self, tracker: Tracker, interval: float = 5.0) -> None:
         self._tracker = tracker
         self._interval = interval
         self._stop = threading.Event()
+        self._ended: EndStatus = "KILLED"
         self.error: str | None = None
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
-    def stop(self, ended: EndStatus) -> str | None:
-        """End the thread, deliver once more and end the parent run with this status.
+    def stop(self, ended: EndStatus, patience: float | None = None) -> str | None:
+        """End the thread with a last delivery, which ends the parent run with this status.
 
+        It is waited for `patience` seconds at most, None: until it is done; what it does not get through is still owed.
         Returns the error of the last delivery, None where it succeeded.
         """
+        self._ended = ended
         self._stop.set()
-        self._thread.join()
-        self._try_to_deliver(ended)
+        self._thread.join(patience)
         return self.error
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._try_to_deliver(None)
             self._stop.wait(self._interval)
+        self._try_to_deliver(self._ended)
 
     def _try_to_deliver(self, ended: EndStatus | None) -> None:
         try:

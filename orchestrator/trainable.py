@@ -3,6 +3,8 @@
 import errno
 import logging
 import math
+import os
+import platform
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -98,7 +100,7 @@ class PackTrainable(tune.Trainable):
             return {
                 "reports": [],
                 "error": f"{type(error).__name__}: {reason[0]}",
-                "storage_error": error.strerror if self._is_of_storage(error) else None,
+                "storage_error": self._storage_error(error),
                 "done": True,
             }
 
@@ -107,7 +109,7 @@ class PackTrainable(tune.Trainable):
         report_step = self._next_report()
         self._trainer.train(report_step - self._trainer.steps_done, lambda: self._permit is Permit.GO)
         if self._permit is Permit.FENCED:
-            return {"reports": [], "error": "another start of the sweep took over", "done": True}
+            return {"reports": [], "error": None, "fenced": True, "done": True}
         if self._trainer.steps_done < report_step:
             self._write_checkpoints()
             return {"reports": [], "error": None, "done": True}
@@ -124,10 +126,15 @@ class PackTrainable(tune.Trainable):
             "done": self._trainer.steps_done >= self._order.last_step or not self._trainer.members,
         }
 
-    def _is_of_storage(self, error: Exception) -> bool:
-        """Whether the sweep's folder is gone or can take nothing at present, which is no training's fault."""
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        return isinstance(error, OSError) and (error.errno in full or not self._order.sweep_folder.is_dir())
+    def _storage_error(self, error: Exception) -> str | None:
+        """What is wrong with the disk, where that is no training's fault: full, read-only, or the folder is gone."""
+        if not isinstance(error, OSError):
+            return None
+        folder = self._order.sweep_folder
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return f"{error.filename or folder}: {os.strerror(error.errno)}"
+        # unlike is_dir, says no whatever the reason
+        return None if os.path.isdir(folder) else f"{folder}: the folder is gone on {platform.node()}"
 
     @property
     def _permit(self) -> Permit:

@@ -1,7 +1,7 @@
 """The adapter between Ray Tune and the pack queue: a trial is a pack."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -26,6 +26,8 @@ class PackSearcher(Searcher):
         self._pack_of: dict[str, str] = {}
         # why the sweep cannot go on: Tune would take what its methods raise for a failure of the trial
         self.halted: OSError | None = None
+        # what is in the ledger is another driver's from then on
+        self._is_fenced = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.halted is not None or len(self._pack_of) >= self._capacity():
@@ -44,6 +46,8 @@ class PackSearcher(Searcher):
         return {"order": order.model_dump_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self._is_fenced:
+            return
         reports = [MemberReport.model_validate(report) for report in result["reports"]]
         with self._halting():
             self._queue.record(self._pack_of[trial_id], reports)
@@ -54,11 +58,19 @@ class PackSearcher(Searcher):
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
             reason = result.get("error")
-            if result.get("storage_error") is not None:
-                self._halt(OSError(f"the sweep's folder: {result['storage_error']}; {MENDED}"))
+            self._look_for_halt(result)
         pack_id = self._pack_of.pop(trial_id)
+        if self._is_fenced:
+            return
         with self._halting():
             self._queue.end(pack_id, None if self.halted is not None else reason)
+
+    def _look_for_halt(self, result: Mapping[str, Any]) -> None:
+        if result.get("fenced"):
+            self._is_fenced = True
+            self._halt(OSError("another start of this sweep took over; this one ends"))
+        elif result.get("storage_error") is not None:
+            self._halt(OSError(f"{result['storage_error']}; {MENDED}"))
 
     @contextlib.contextmanager
     def _halting(self) -> Iterator[None]:
