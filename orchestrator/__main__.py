@@ -1,12 +1,10 @@
 """The process `orchestrate`: what interrupts it, and with which exit code it ends."""
 
-import os
 import signal
 import sys
 from types import FrameType
 
-INTERRUPTED = "interrupted; the same command continues where it was\n"
-SHOW_CURSOR = b"\x1b[?25h"
+from orchestrator.process_end import INTERRUPTED, end_process
 
 
 def main() -> None:
@@ -25,10 +23,7 @@ def main() -> None:
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
-    if os.isatty(2):
-        os.write(2, b"\n" + SHOW_CURSOR)
-    os.write(2, INTERRUPTED.encode())
-    os._exit(128 + number)
+    end_process(INTERRUPTED, 128 + number)
 
 
 if __name__ == "__main__":

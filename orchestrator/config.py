@@ -175,6 +175,16 @@ class SweepConfig(Schema):
             )
         return self
 
+    @model_validator(mode="after")
+    def _constraints_are_measured(self) -> Self:
+        unmeasured = [metric for metric in self.search.constraints if metric.startswith("ce_")]
+        if unmeasured and self.training.patched_sequences == 0:
+            raise InputError(
+                f"search.constraints.{unmeasured[0]}: is not measured with training.cross_entropy_sequences 0; "
+                "raise that, or leave the constraint out"
+            )
+        return self
+
     def public_dict(self) -> dict[str, Any]:
         """JSON types only, every default filled in, secrets in addresses redacted: fit to be shown."""
         shown = self.model_dump(mode="json")

@@ -58,6 +58,9 @@ class _Watch(tune.Callback):
         self._next_check = time.monotonic() + CHECK_SECONDS
         self._stopping.check_budget()
         if not head_answers() or not any(node["Alive"] for node in ray.nodes()):
+            if self._stopping.signal is not None:
+                # both were asked to end, as by a signal to the whole process group
+                raise KeyboardInterrupt
             raise RayStopped(RAY_ENDED)
 
     def __getstate__(self) -> dict[str, Any]:

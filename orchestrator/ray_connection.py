@@ -15,6 +15,7 @@ import ray
 from orchestrator.config import PackResources
 from orchestrator.plan_checks import RAY_ADDRESS, machine_cpus, machine_gpus
 from orchestrator.plan_figures import packs_at_once
+from orchestrator.process_end import end_process
 from qkmodel.errors import InputError
 
 CAPACITY_SECONDS = 1.0
@@ -46,6 +47,13 @@ def connected_ray() -> Iterator[None]:
             ray.shutdown()
 
 
+def check_access() -> None:
+    """Refuses a cluster at `RAY_ADDRESS` that lets nobody in. Raises InputError."""
+    if os.environ.get(RAY_ADDRESS):
+        with connected_ray():
+            pass
+
+
 def _watch_head(over: threading.Event) -> None:
     """Ends this process once the head is gone for long: its main thread may be in a call that does not return.
 
@@ -58,8 +66,7 @@ def _watch_head(over: threading.Event) -> None:
         elif gone_since is None:
             gone_since = time.monotonic()
         elif time.monotonic() - gone_since > HEAD_PATIENCE_SECONDS:
-            os.write(2, f"error: {RAY_ENDED}\n".encode())
-            os._exit(1)
+            end_process(f"error: {RAY_ENDED}\n", 1)
 
 
 def _connect() -> None:
@@ -73,7 +80,10 @@ def _connect() -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{RAY_ADDRESS}: {address}: {reason}") from error
+        raise InputError(
+            f"{RAY_ADDRESS}: {address}: {reason}; if the cluster asks for a token, "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH must be set here too"
+        ) from error
 
 
 def head_answers() -> bool:

@@ -1,18 +1,20 @@
 """Ending a sweep before it is done: packs write checkpoints, nothing new is begun, and all of it within seconds."""
 
 import contextlib
-import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from orchestrator.pack_queue import PackQueue
 from orchestrator.permit import ask_to_stop
+from orchestrator.process_end import INTERRUPTED, end_process
 
 # Schedulers send SIGKILL after 10 s or more. What packs have not written by then costs one checkpoint interval.
 GRACE_SECONDS = 7.0
 BREAK_OFF_SECONDS = 0.1
+DEADLINE_SECONDS = 9.0
 
 
 class Stopping:
@@ -24,6 +26,7 @@ class Stopping:
         self._start = start
         self.signal: int | None = None
         self.budget_line: str | None = None
+        self._deadline: threading.Timer | None = None
 
     def check_budget(self) -> None:
         if not self._queue.stopping and (line := self._queue.exceeded_budget()) is not None:
@@ -46,17 +49,22 @@ class Stopping:
                 raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            if self._deadline is not None:
+                self._deadline.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            os.write(2, b"ended at once; the same command continues from the last checkpoints\n")
-            os._exit(128 + number)
+            end_process("ended at once; the same command continues from the last checkpoints\n", 128 + number)
         self.signal = number
         # SIGALRM wakes Tune's loop, whatever it waits for
         signal.signal(signal.SIGALRM, self._break_off)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
+        # and where Ray was asked to end as well, the main thread may be in a call to it that does not return
+        self._deadline = threading.Timer(DEADLINE_SECONDS, end_process, (INTERRUPTED, 128 + number))
+        self._deadline.daemon = True
+        self._deadline.start()
         try:
             self._stop()
         except OSError:

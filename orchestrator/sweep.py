@@ -25,6 +25,7 @@ from orchestrator.permit import grant
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_figures import steps_per_training, storage_folder, tokens_per_step
 from orchestrator.preparation import Preparation, prepare
+from orchestrator.ray_connection import check_access
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
 from orchestrator.start_facts import machine_facts, plan_facts
@@ -85,6 +86,7 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
             plan = make_plan(plan.config, fresh=plan.fresh)
         if plan.lost_line is not None:
             view.say(plan.lost_line)
+        check_access()
         checked = check_plan(plan, view.say)
         # only now is it known which token opens sequences
         for line in checked.plan.change_lines:

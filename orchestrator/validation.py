@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -127,10 +127,21 @@ def _fields(path: Sequence[str | int], schema: type[BaseModel]) -> Mapping[str, 
     model = schema
     for part in path[:-1]:
         field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        # a key of a mapping, or a place in a list, whose kind was found with the field that holds it
+        if field is None:
+            continue
+        inner = _model_in(field.annotation)
+        if inner is None:
             return Range.model_fields
-        model = field.annotation
+        model = inner
     return model.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The schema within a field's type, whatever unions, mappings and lists are around it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
 
 
 def _example(path: Sequence[str | int], schema: type[BaseModel]) -> str:

@@ -542,3 +542,19 @@ def test_composing_leaves_no_hydra_state_and_creates_nothing(good: Path, monkeyp
     load_sweep(good, ["search=topk"])
     assert not GlobalHydra.instance().is_initialized()
     assert list(good.parent.iterdir()) == [good]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("halving={eta: 3, rung: [4096]}", "halving.rung: is no key here; did you mean rungs?"),
+        ("search.constraints={l0: {maximum: 5}}", "search.constraints.l0.maximum: is no key here; did you mean max?"),
+    ],
+)
+def test_a_key_within_a_mapping_is_compared_with_the_keys_of_that_mapping(good: Path, override: str, said: str) -> None:
+    assert message_of(good, override).endswith(said)
+
+
+def test_a_constraint_on_what_is_not_measured_is_refused(good: Path) -> None:
+    message = message_of(good, "search.constraints={ce_recovered: {min: 0}}", "training.cross_entropy_sequences=0")
+    assert "search.constraints.ce_recovered: is not measured" in message

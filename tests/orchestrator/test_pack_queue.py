@@ -618,6 +618,34 @@ def test_every_decision_is_explained_by_the_ledger(tmp_path: Path) -> None:
     assert stopped == {one.training_id for one in driver.ledger.trainings(state="stopped")}
 
 
+def test_a_rung_decides_about_a_training_once_whatever_is_lost_later(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=4, halving=HALVING)
+    order = take(driver)
+    reach(driver, order, dict(zip(ids(order), (0.4, 0.3, 0.2, 0.1), strict=True)))
+    while (order := driver.queue.next_pack()) != "finished":
+        reach(driver, order, dict.fromkeys(ids(order), 0.2)) if order.last_step < STEPS else driver.finish(order)
+    before = read_decisions(driver.ledger, "late")
+    finished = driver.ledger.trainings(state="finished")[0].training_id
+    driver.ledger.discard_result(finished, "its dictionary is gone")
+    again = start(tmp_path, pack_size=4, halving=HALVING, is_wanted=lambda one: one.training_id == finished)
+    order = take(again)
+    assert (ids(order), order.steps_done, order.last_step) == ([finished], 0, STEPS)
+    # reports on the way fall on the rung, and decide nothing
+    again.report(order, 2, kl=9.0, l0=9.0)
+    again.finish(order)
+    assert again.ledger.training(finished).state == "finished"
+    assert read_decisions(again.ledger, "late") == before
+
+
+def test_failures_before_a_rung_do_not_count_after_it(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=4, halving=HALVING)
+    for _ in range(MAX_FAILURES - 1):
+        driver.queue.end(take(driver).pack_id, "its worker died")
+    order = take(driver)
+    reach(driver, order, dict.fromkeys(ids(order), 0.1))
+    assert driver.ledger.training(ids(order)[0]).failures == 0
+
+
 def test_a_rung_that_a_driver_died_at_is_decided_by_the_next(tmp_path: Path) -> None:
     driver = start(tmp_path, pack_size=4, halving=HALVING)
     order = take(driver)

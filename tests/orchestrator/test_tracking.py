@@ -2,6 +2,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
 from orchestrator.tracking import Tracker
-from orchestrator.tracking_notes import Owed, owed
+from orchestrator.tracking_notes import Owed, end_status, owed
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
@@ -570,3 +571,30 @@ def test_the_git_diff_is_kept_where_it_was_asked_for(storage: Path, ledger: Ledg
     (ledger.folder / "git.diff").write_text("+one more line\n")
     tracker.deliver()
     assert artifacts(storage, runs(storage)[0], "") == {"git.diff", "sweep.yaml"}
+
+
+def test_a_server_that_never_answers_does_not_hold_up_an_interrupted_sweep(tmp_path: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        thread = TrackingThread(Tracker(address, tmp_path, ledger), interval=0.05)
+        began = time.monotonic()
+        thread.stop("KILLED", patience=0.5)
+        assert time.monotonic() - began < 3
+    assert owed(ledger) == Owed(1, 0)
+
+
+def test_reports_of_a_running_training_are_owed_too(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    Tracker(None, storage, ledger).deliver()
+    ledger.report("one", 500, {"loss": 0.9, "kl": 0.5}, seconds=1.0)
+    assert owed(ledger) == Owed(1, 2)
+
+
+def test_the_parent_run_is_finished_once_nothing_is_left_to_continue(storage: Path, ledger: Ledger) -> None:
+    ledger.set_current({"study": 1000})
+    start(ledger, "one")
+    # as a kill leaves it
+    assert end_status(ledger) == "KILLED"
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    assert end_status(ledger) == "FINISHED"

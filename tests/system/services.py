@@ -68,6 +68,9 @@ class RayCluster:
         """As if the machine had lost its power."""
         kill_session(self.nodes.pop(index))
 
+    def kill_head(self) -> None:
+        kill_session(self._head)
+
     def workers(self) -> list[psutil.Process]:
         """The processes in which packs train."""
         found = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from orchestrator.checkpoints import newest_checkpoint
+from orchestrator.process_end import INTERRUPTED
 from tests.orchestrator.sweep_files import write_sweep
 from tests.system.test_first_sweep import Sweep, wait_until_training
 
@@ -86,3 +88,15 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path: Path, after_seconds: 
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted; the same command continues where it was" and "Traceback" not in err
+
+
+def test_a_signal_to_the_whole_process_group_is_answered_in_time(tmp_path: Path) -> None:
+    """As service managers and `timeout` send it: Ray's own processes get it too."""
+    sweep = Sweep.create(tmp_path / "first", tokens=65_536, report_tokens=1024)
+    with sweep.started("sweep", "first.yaml") as (process, output):
+        wait_until_training(sweep, process, output)
+        asked = time.monotonic()
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+        assert time.monotonic() - asked < 15
+        assert (output / "err").read_text().splitlines()[-1] == INTERRUPTED.rstrip()

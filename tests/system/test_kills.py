@@ -298,3 +298,30 @@ def test_a_search_with_halving_and_eight_kills(
     stopped = {one.training_id for one in decisions if not one.kept}
     assert stopped == {one.training_id for one in trainings if one.state == "stopped"}
     assert_tracked(server, trainings)
+
+
+@pytest.mark.slow
+def test_a_head_node_that_dies_is_said_in_one_line(tmp_path: Path) -> None:
+    cluster = RayCluster(nodes=1)
+    try:
+        sweep = Sweep.create(tmp_path / "sweep", TOKENS)
+        sweep.environment = cluster.client_environment
+        process = sweep.start()
+        while sum(one.tokens_done for one in sweep.trainings()) == 0:
+            assert process.poll() is None, sweep.said
+            time.sleep(0.2)
+        cluster.kill_head()
+        assert process.wait(timeout=50) == 1
+        assert sweep.said.splitlines()[-1] == "error: Ray ended; the same command continues the sweep where it was"
+        kill_session(process)
+    finally:
+        cluster.close()
+
+
+def test_a_cluster_that_wants_a_token_is_refused_before_anything_is_made(tmp_path: Path, cluster: RayCluster) -> None:
+    sweep = Sweep.create(tmp_path / "sweep", SAMPLE_TOKENS)
+    sweep.environment = {"RAY_ADDRESS": cluster.address}
+    process = sweep.start()
+    assert process.wait(timeout=300) == 2
+    assert "RAY_AUTH_TOKEN_PATH" in sweep.said.splitlines()[-1]
+    assert not sweep.folder.exists()
