@@ -304,7 +304,7 @@ def run_case(case: Case, trainings: int) -> dict[str, Any]:
         if not case.tracked:
             replaced.enter_context(patch.object(sweep.Tracker, "deliver"))
         plan = make_plan(settings)
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         with (
             open(os.devnull, "w") as nowhere,
             TerminalView(Console(file=nowhere, force_terminal=True, width=120)) as view,
