@@ -4,15 +4,18 @@
 MLflow; only a pack's training and what would be prepared for it are made up. A pack reports what a real one reports and
 writes a checkpoint, an empty one, where the queue looks for it. Plain Tune runs trials that answer as often as a whole
 training reports; a second run of it answers once a trial, and is what halved searches are compared with, since they
-end most trainings early. About half an hour for all cases; `--only CASE` runs one (the last line of --help lists them).
+end most trainings early. About half an hour on an idle machine; `--only CASE` runs one
+(the last line of --help lists them).
 
 Every case and every plain run has a process of its own, beginning with the start of Ray. The last line of standard
 output is JSON, seconds throughout:
 
-    {"trainings": …, "plain": {reports per trial: seconds per trial},
-     "cases": {case: {"seconds": per training, "overhead": that less plain Tune's, "ratio": that by plain Tune's,
+    {"trainings": …, "plain": {"plain-8": {"seconds": per trial, "cpu": of the driver's process, "memory": as
+       below}, "plain-1": …},
+     "cases": {case: {"seconds": per training, "overhead": that less plain Tune's, "ratio": that by plain Tune's, "cpu":
+       per training of the driver's process, "cpu_overhead": that less plain Tune's,
        "quarters": [per training in each quarter], "search": per training in samplers, "queue": per training in the
-       queue and the ledger, "memory": [MB of the driver after each quarter], "ledger_mb": …, "states": {…},
+       queue and the ledger, "memory": [MB of the driver when each quarter had begun], "ledger_mb": …, "states": {…},
        "status": …, "fronts": …, "plan": to plan the next start}}}
 """
 
@@ -206,18 +209,30 @@ class PlainTrial(tune.Trainable):
         return {"kl": 1.0, "done": self._left == 0}
 
 
-def run_plain(reports: int, trainings: int) -> float:
-    """Seconds that plain Tune takes, with the settings of `train_packs`, two trials at once."""
+class CountTrials(tune.Callback):
+    """Tells a clock of every trial that has ended."""
+
+    def __init__(self, clock: "Clock") -> None:
+        self._clock = clock
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._clock.count()
+
+
+def run_plain(reports: int, trainings: int) -> dict[str, Any]:
+    """What a trial of plain Tune takes, with the settings of `train_packs`, two trials at once."""
     os.environ |= packs_on_ray._ENVIRONMENT
-    began = time.monotonic()
+    clock = Clock(trainings)
+    began, cpu = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder, packs_on_ray._local_ray():
         tune.Tuner(
             tune.with_resources(PlainTrial, {"cpu": 1}),
             param_space={"reports": reports, "x": tune.uniform(0, 1)},
             tune_config=tune.TuneConfig(num_samples=trainings, max_concurrent_trials=2, reuse_actors=True),
-            run_config=tune.RunConfig(name="plain", storage_path=folder, verbose=0),
+            run_config=tune.RunConfig(name="plain", storage_path=folder, verbose=0, callbacks=[CountTrials(clock)]),
         ).fit()
-    return time.monotonic() - began
+    figures = {"seconds": time.monotonic() - began, "cpu": time.process_time() - cpu}
+    return {name: value / trainings for name, value in figures.items()} | {"memory": clock.megabytes}
 
 
 class Clock:
@@ -229,13 +244,13 @@ class Clock:
         self.search = 0.0
         self.queue = 0.0
         self.moments = [time.monotonic()]
-        self.memory: list[int] = []
+        self.megabytes: list[int] = []
 
     def count(self) -> None:
         self.asked += 1
         if self.asked in self._marks:
             self.moments.append(time.monotonic())
-            self.memory.append(psutil.Process().memory_info().rss)
+            self.megabytes.append(round(psutil.Process().memory_info().rss / MEGABYTE))
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -302,22 +317,23 @@ def run_case(case: Case, trainings: int) -> dict[str, Any]:
         if not case.tracked:
             replaced.enter_context(patch.object(sweep.Tracker, "deliver"))
         plan = make_plan(settings)
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         with (
             open(os.devnull, "w") as nowhere,
             TerminalView(Console(file=nowhere, force_terminal=True, width=120)) as view,
         ):
             outcome = sweep.run_sweep(plan, view)
-        seconds = time.monotonic() - began
+        seconds, cpu = time.monotonic() - began, time.process_time() - cpu
         if outcome.tracking_error is not None:
             raise RuntimeError(outcome.tracking_error)
         quarters = [later - earlier for earlier, later in zip(clock.moments, clock.moments[1:], strict=False)]
         return {
             "seconds": seconds / trainings,
+            "cpu": cpu / trainings,
             "quarters": [quarter / (trainings / 4) for quarter in quarters],
             "search": clock.search / trainings,
             "queue": (clock.queue - clock.search) / trainings,
-            "memory": [round(size / MEGABYTE) for size in clock.memory],
+            "memory": clock.megabytes,
             **afterwards(plan, outcome.ledger),
         }
 
@@ -346,17 +362,18 @@ def in_own_process(name: str, trainings: int) -> Any:
 
 def run_one(name: str, trainings: int) -> Any:
     if name in PLAIN:
-        return run_plain(PLAIN[name], trainings) / trainings
+        return run_plain(PLAIN[name], trainings)
     return run_case(CASES[name], trainings)
 
 
-def beside_plain(name: str, figures: dict[str, Any], plain: dict[str, float]) -> dict[str, Any]:
+def beside_plain(name: str, figures: dict[str, Any], plain: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A grid trains everything to its end, the others are halved."""
     yardstick = plain["plain-8" if CASES[name].sampler == "grid" else "plain-1"]
     return {
         **figures,
-        "overhead": figures["seconds"] - yardstick,
-        "ratio": figures["seconds"] / yardstick,
+        "overhead": figures["seconds"] - yardstick["seconds"],
+        "cpu_overhead": figures["cpu"] - yardstick["cpu"],
+        "ratio": figures["seconds"] / yardstick["seconds"],
     }
 
 
