@@ -95,6 +95,8 @@ def test_status_as_json(swept: Path) -> None:
         "trainings": {"open": 1, "running": 1, "finished": 4, "stopped": 0, "failed": 1},
         "tokens_done": 4250,
         "tokens_planned": 8000,
+        # nothing of this ledger was ever delivered
+        "owed": {"trainings": 6, "reports": 5},
         "studies": [
             {
                 "study_id": "early",

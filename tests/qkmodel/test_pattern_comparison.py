@@ -16,7 +16,6 @@ LAYERS: list[dict[str, Any]] = [
     {"n_heads": 3, "n_kv_heads": 1},
     {"rotary_dim": 0},
     {"window": 5},
-    {"window": 1},
     {"soft_cap": 2.0},
     {"window": 70, "soft_cap": 3.0},
 ]

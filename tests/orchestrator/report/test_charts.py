@@ -58,7 +58,7 @@ def test_hypervolume_counts_the_tokens_of_what_failed_too(studies: list[StudyFac
 def test_a_layer_with_fewer_heads_leaves_cells_empty(studies: list[StudyFacts]) -> None:
     rows = heat_map(studies)
     assert [row.title for row in rows] == ["layer 2", "layer 5"]
-    assert [[cell.value for cell in row.cells] for row in rows] == [[0.5, 1.0, None], [0.5, 1.0, 1.5]]
+    assert [[cell.value for cell in row.cells] for row in rows] == [[0.125, 0.25, None], [0.125, 0.25, 0.375]]
     least, largest = rows[1].cells[0], rows[1].cells[2]
     # the ends of viridis, with letters that can be read on them
     assert (least.background, least.ink) == ("#440154", "#ffffff")
