@@ -32,6 +32,7 @@ from orchestrator.start_facts import machine_facts, plan_facts
 from orchestrator.starts import Lease
 from orchestrator.study_plan import StudyPlan
 from orchestrator.tracking import Tracker
+from orchestrator.tracking_notes import end_status
 from orchestrator.tracking_thread import TrackingThread
 from orchestrator.versions import GIT_DIFF_FILE, git_diff, git_sha, package_versions
 from qkmodel.activation_build import BuildProgress
