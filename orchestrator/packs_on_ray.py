@@ -77,7 +77,7 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
     os.environ |= _ENVIRONMENT
     resources = plan.config.resources.pack
     stopping = Stopping(queue, plan.folder, start)
-    searcher = PackSearcher(queue, capacity=Capacity(resources))
+    searcher = PackSearcher(queue, Capacity(resources), plan.folder)
     with stopping.on_signals(), _scratch(plan.folder / SCRATCH_FOLDER) as scratch, connected_ray():
         tuner = tune.Tuner(
             tune.with_resources(PackTrainable, {"cpu": resources.cpu, "gpu": resources.gpu}),

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -19,10 +20,11 @@ class PackSearcher(Searcher):
     again when a suggestion was None.
     """
 
-    def __init__(self, queue: PackQueue, capacity: Callable[[], int]) -> None:
+    def __init__(self, queue: PackQueue, capacity: Callable[[], int], sweep_folder: Path) -> None:
         super().__init__()
         self._queue = queue
         self._capacity = capacity
+        self._folder = sweep_folder
         self._pack_of: dict[str, str] = {}
         # why the sweep cannot go on: Tune would take what its methods raise for a failure of the trial
         self.halted: OSError | None = None
@@ -55,6 +57,9 @@ class PackSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         # Tune hands a finished trial's last result to this method only
         reason = "its worker died"
+        if error and not self._folder.is_dir():
+            # workers die of that, too
+            self._halt(OSError(f"{self._folder}: the folder is gone; {MENDED}"))
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
             reason = result.get("error")

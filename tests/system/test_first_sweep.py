@@ -329,6 +329,7 @@ def test_a_smaller_grid_has_nothing_left_to_do(sweep: Sweep, larger: Snapshot) -
     assert smaller.trainings == larger.trainings
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_killed_sweep_ends_with_the_same_bytes_as_an_undisturbed_one(tmp_path: Path) -> None:
     length = {"tokens": 16_384, "report_tokens": 1024}
     whole, killed = Sweep.create(tmp_path / "whole", **length), Sweep.create(tmp_path / "killed", **length)

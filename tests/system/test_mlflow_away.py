@@ -50,6 +50,7 @@ def _artifacts(client: MlflowClient, run_id: str, folder: str) -> list[str]:
     return [path for one in found for path in (_artifacts(client, run_id, one.path) if one.is_dir else [one.path])]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_all_the_time_gets_the_same_later(tmp_path: Path) -> None:
     expected = MlflowServer(tmp_path)
     try:

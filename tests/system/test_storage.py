@@ -35,6 +35,7 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, Remount]]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_sweep_in_one_line_and_once_there_is_room_it_continues(
     disk: tuple[Path, Remount], tmp_path: Path
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_full_disk_ends_a_sweep_in_one_line_and_once_there_is_room_it_continue
     assert [one.state for one in sweep.trainings()] == ["finished"] * 4
 
 
+@pytest.mark.slow
 def test_a_folder_that_goes_away_ends_a_sweep_in_one_line(disk: tuple[Path, Remount], tmp_path: Path) -> None:
     """As a network file system does."""
     here, (there, _) = tmp_path / "share", disk

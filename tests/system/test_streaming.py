@@ -25,6 +25,7 @@ def dictionaries(sweep: Sweep) -> list[bytes]:
     ]
 
 
+@pytest.mark.slow
 def test_a_streamed_sweep_survives_a_kill_and_ends_near_a_cached_one(tmp_path: Path) -> None:
     undisturbed, killed, cached = (
         Sweep.create(tmp_path / name, tokens=TOKENS, report_tokens=4096) for name in ("through", "killed", "cached")
