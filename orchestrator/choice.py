@@ -165,8 +165,3 @@ def _point(training: Training) -> tuple[float, float]:
 def _number(value: Fraction) -> str:
     """As decimal digits, with `_` for the point: aliases hold letters, digits, `-` and `_` only."""
     return f"{float(value):.6f}".rstrip("0").rstrip(".").replace(".", "_")
-
-
-def shown_metrics(training: Training) -> dict[str, float | None]:
-    """The final metrics without those of single heads."""
-    return {name: value for name, value in training.metrics.items() if not name.startswith("kl_head_")}

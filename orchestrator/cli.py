@@ -20,6 +20,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import fronts_record, status_record, study_statuses
 from orchestrator.tables import counted, front_table, state_table
+from orchestrator.tracking_store import TrackingUnavailable
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
 
@@ -110,13 +111,8 @@ def choose(
     choices = apply_rule(study_statuses(ledger), parsed, layer)
     tracking, storage = _tracking_of(sweep)
     from orchestrator.registry import chosen_record, register
-    from orchestrator.tracking_store import TrackingUnavailable
 
-    try:
-        registered = register(tracking, storage, ledger, choices)
-    except TrackingUnavailable as error:
-        _say_error(str(error))
-        raise typer.Exit(1) from error
+    registered = register(tracking, storage, ledger, choices)
     records = [
         chosen_record(ledger, choice, one, tracking, storage) for choice, one in zip(choices, registered, strict=True)
     ]
@@ -190,14 +186,9 @@ def ui(
 def track(sweep: SweepArgument) -> None:
     """Deliver to MLflow what it does not have of a sweep: for one whose server was away."""
     from orchestrator.late_delivery import deliver_late
-    from orchestrator.tracking_store import TrackingUnavailable
 
     ledger, (tracking, storage) = _open_ledger(sweep), _tracking_of(sweep)
-    try:
-        address = deliver_late(ledger, tracking, storage)
-    except TrackingUnavailable as error:
-        _say_error(str(error))
-        raise typer.Exit(1) from error
+    address = deliver_late(ledger, tracking, storage)
     messages.print(f"MLflow at {address} has everything", markup=False, soft_wrap=True)
 
 
@@ -268,8 +259,8 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         _say_error(str(error))
         return 2
-    except OSError as error:
-        # a full disk, a folder that went away: the same command continues once that is mended
+    except (OSError, TrackingUnavailable) as error:
+        # a full disk, a folder or a server that went away: the same command continues once that is mended
         _say_error(str(error))
         return 1
     return 0

@@ -15,6 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import URL
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Training
@@ -36,7 +37,7 @@ def export_studies(ledger: Ledger) -> str:
     path = ledger.folder / DASHBOARD_FILE
     for old in (path, *path.parent.glob(f"{DASHBOARD_FILE}-*")):
         old.unlink(missing_ok=True)
-    address = f"sqlite:///{path}"
+    address = URL.create("sqlite", database=str(path)).render_as_string()
     studies = ledger.studies()
     names = study_names(studies)
     verbosity = optuna.logging.get_verbosity()

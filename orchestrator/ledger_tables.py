@@ -1,6 +1,7 @@
 """What the ledger's tables hold, and the records that callers get of them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
@@ -278,6 +279,11 @@ class DeliveryRow(Table):
     run_id: Mapped[str] = mapped_column(primary_key=True)
     item: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[str]
+
+
+def without_heads(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Metrics without those of single heads."""
+    return {name: value for name, value in metrics.items() if not name.startswith("kl_head_")}
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -100,8 +100,12 @@ class PackQueue:
         per_step = next((study.tokens_per_step for study in studies), 1)
         self._decisions = RungDecisions(ledger, settings.halving, per_step)
         self._running: dict[str, tuple[StudyWork, PackOrder]] = {}
-        by_progress = settings.allocation == "by_progress"
-        self._hypervolumes = {one.study_id: HypervolumesInTime(ledger, one.study_id) for one in studies if by_progress}
+        self._hypervolumes: dict[str, HypervolumesInTime] = {}
+        if settings.allocation == "by_progress":
+            recorded = [study for study in ledger.studies() if study.study_id in self._studies]
+            self._hypervolumes = {
+                study.study_id: HypervolumesInTime(study, ledger.trainings(study.study_id)) for study in recorded
+            }
         self._packs_made = 0
         # once set, no pack is handed out any more, and those that end are not at fault
         self.stopping = False
@@ -176,7 +180,7 @@ class PackQueue:
         with self._ledger.transaction():
             left = [self._ledger.training(member.training_id) for member in order.members]
             left = [training for training in left if training.state == "running"]
-            failed = [one for one in left if self._has_failed(one, error, order.last_step * study.tokens_per_step)]
+            failed = [one for one in left if self._reopen_or_fail(one, error, order.last_step * study.tokens_per_step)]
         for training in failed:
             study.search.tell(training.hyperparameters, None)
 
@@ -199,8 +203,8 @@ class PackQueue:
             self._hypervolumes[training.study_id].add(training)
         self._checkpoints.discard(training.training_id)
 
-    def _has_failed(self, training: Training, error: str | None, tokens_ordered: int) -> bool:
-        """Books that the training's pack has ended before it did."""
+    def _reopen_or_fail(self, training: Training, error: str | None, tokens_ordered: int) -> bool:
+        """Books that the training's pack has ended before it did; answers whether it failed for good."""
         if error is None and (self.stopping or training.tokens_done == tokens_ordered):
             # asked to stop, or past a rung
             self._ledger.reopen(training.training_id, training.failures)

@@ -39,7 +39,8 @@ def connected_ray() -> Iterator[None]:
         # Ray's own handler ends in a C++ crash dump
         signal.signal(signal.SIGTERM, on_termination)
         over = threading.Event()
-        threading.Thread(target=_watch_head, args=(over,), name="ray-head", daemon=True).start()
+        head = ray.get_runtime_context().gcs_address
+        threading.Thread(target=_watch_head, args=(head, over), name="ray-head", daemon=True).start()
         try:
             yield
         finally:
@@ -54,14 +55,14 @@ def check_access() -> None:
             pass
 
 
-def _watch_head(over: threading.Event) -> None:
+def _watch_head(address: str, over: threading.Event) -> None:
     """Ends this process once the head is gone for long: its main thread may be in a call that does not return.
 
     Ray would end it too, after a minute and with a crash dump. The next start finds everything in the ledger.
     """
     gone_since = None
     while not over.wait(HEAD_SECONDS):
-        if head_answers():
+        if _answers(address):
             gone_since = None
         elif gone_since is None:
             gone_since = time.monotonic()
@@ -88,7 +89,11 @@ def _connect() -> None:
 
 def head_answers() -> bool:
     """Whether the head node is there. Asked first, since a question to Ray itself waits a minute for a dead one."""
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return _answers(ray.get_runtime_context().gcs_address)
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), HEAD_SECONDS).close()
     except OSError:

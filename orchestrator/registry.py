@@ -22,9 +22,9 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url, sqlite_file
-from orchestrator.choice import Choice, shown_metrics
+from orchestrator.choice import Choice
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Study, SweepRecord, Training
+from orchestrator.ledger_tables import Study, SweepRecord, Training, without_heads
 from orchestrator.status import front_member
 from orchestrator.tracking_run import find_or_create_experiment, milliseconds
 from orchestrator.tracking_store import (
@@ -201,7 +201,7 @@ class _Registration:
         run_id = runs[0].info.run_id if runs else None
         tags = _provenance(self._sweep, choice, config)
         params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
-        metrics = {key: value for key, value in shown_metrics(training).items() if value is not None}
+        metrics = {key: value for key, value in without_heads(training.metrics).items() if value is not None}
         # names of logged models hold no points
         model = client.create_logged_model(self._experiment, name.replace(".", "-"), run_id, tags, params, MODEL_TYPE)
         try:

@@ -11,7 +11,7 @@ from orchestrator.plan_checks import machine_cpus, machine_gpus
 
 
 def machine_facts() -> dict[str, Any]:
-    """The driver's machine; where each training ran is recorded with it."""
+    """The driver's machine."""
     return {
         "host": platform.node(),
         "system": platform.platform(),

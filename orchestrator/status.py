@@ -1,5 +1,6 @@
 """A sweep's state in figures, for the live table, `orchestrate status` and `orchestrate fronts`."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -84,11 +85,13 @@ class HypervolumesInTime:
     Formed once per training, since whoever asks does so at every proposal.
     """
 
-    def __init__(self, ledger: Ledger, study_id: str) -> None:
-        (self._study,) = (one for one in ledger.studies() if one.study_id == study_id)
+    def __init__(self, study: Study, trainings: Iterable[Training] = ()) -> None:
+        """`trainings` of the study, in whatever order and state."""
+        self._study = study
         self.values: list[float] = []
         self._front: list[Training] = []
-        for training in sorted(ledger.trainings(study_id, "finished"), key=lambda one: (one.finished, one.number)):
+        finished = (one for one in trainings if one.state == "finished")
+        for training in sorted(finished, key=lambda one: (one.finished, one.number)):
             self.add(training)
 
     def add(self, training: Training) -> None:
@@ -106,11 +109,11 @@ class HypervolumePoint:
     value: float
 
 
-def hypervolumes_by_tokens(ledger: Ledger, status: StudyStatus) -> list[HypervolumePoint]:
+def hypervolumes_by_tokens(status: StudyStatus) -> list[HypervolumePoint]:
     """A point per finished training of a study, in the order in which they finished."""
     ended = [training for training in status.trainings if training.finished is not None]
     ended.sort(key=lambda one: (one.finished, one.number))
-    values = iter(HypervolumesInTime(ledger, status.study.study_id).values)
+    values = iter(HypervolumesInTime(status.study, ended).values)
     tokens, points = 0, []
     for training in ended:
         tokens += training.tokens_done

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from orchestrator.figures import all_fronts_png, front_html, front_png
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_tables import Training, without_heads
 from orchestrator.pareto import front_trainings
 from orchestrator.study_names import study_names
 
@@ -82,5 +82,5 @@ def _mark(finished: Sequence[Training]) -> str:
 
 
 def _table_row(training: Training) -> dict[str, Any]:
-    metrics = {name: value for name, value in training.metrics.items() if not name.startswith("kl_head_")}
+    metrics = without_heads(training.metrics)
     return {"training": training.label, **training.hyperparameters, **metrics, "id": training.training_id}

@@ -43,7 +43,7 @@ class SweepSummary:
         sent = int(notes.get(f"hypervolume {name}", 0))
         if finished <= sent:
             return
-        points = hypervolumes_by_tokens(self._ledger, status)[sent:]
+        points = hypervolumes_by_tokens(status)[sent:]
         metrics = [Metric(f"hypervolume_{name}", point.value, milliseconds(point.at), point.tokens) for point in points]
         for batch in batches(metrics, MAX_METRICS):
             self._client.log_batch(self._parent, metrics=batch)

@@ -43,6 +43,13 @@ def git_sha() -> str | None:
 
 def _git(*arguments: str) -> str:
     answer = subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        # a diff may hold anything
+        errors="replace",
+        check=True,
+        timeout=10,
     )
     return answer.stdout.strip()

@@ -59,7 +59,7 @@ def gather_sweep(ledger: Ledger, training_id: str | None) -> SweepFacts:
             StudyFacts(
                 name,
                 status,
-                [(point.tokens, point.value) for point in hypervolumes_by_tokens(ledger, status)],
+                [(point.tokens, point.value) for point in hypervolumes_by_tokens(status)],
                 chosen,
                 is_knee=not is_asked,
             )

@@ -22,19 +22,11 @@ from orchestrator.tracking_store import TrackingUnavailable
 from qkmodel import load_dictionary as load_folder
 from qkmodel.errors import InputError
 from tests.orchestrator.dictionaries import FRONT, make_sweep
-from tests.orchestrator.mlflow_server import free_port, server
+from tests.system.services import MlflowServer, free_port
 
 NAME = "qk.smollm2-135m.L08"
 KNEE = f"models:/{NAME}@knee"
 MIDDLE = "bbbb000000000002"
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """An empty MLflow database: its first migration takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").get_experiment_by_name("none")
-    return (folder / "mlflow.db").read_bytes()
 
 
 @pytest.fixture
@@ -292,12 +284,11 @@ def test_importing_the_packages_loads_nothing_heavy() -> None:
 def test_a_real_server(tmp_path: Path, migrated: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registered through a server, moved by another choice, tampered with, and the server gone."""
     (tmp_path / "server.db").write_bytes(migrated)
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    ledger = make_sweep(tmp_path / "runs", tracking=address)
     # nothing may depend on the process's own store
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with server(tmp_path, port):
+    with MlflowServer(tmp_path) as server:
+        address = server.url
+        ledger = make_sweep(tmp_path / "runs", tracking=address)
         Tracker(address, tmp_path / "runs", ledger).deliver()
         assert choose(ledger, tracking=address) == Registered(NAME, "1", "knee", is_new=True, alias_was=None)
         assert choose(ledger, tracking=address) == Registered(NAME, "1", "knee", is_new=False, alias_was="1")
@@ -317,11 +308,11 @@ def test_a_real_server(tmp_path: Path, migrated: bytes, monkeypatch: pytest.Monk
         script = f"{line}; print(dictionary.config.training_id)"
         ran = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True, check=True)
         assert ran.stdout == f"{MIDDLE}\n"
-        for weights in tmp_path.glob("art/**/transcoder.safetensors"):
+        for weights in tmp_path.glob("server-artifacts/**/transcoder.safetensors"):
             weights.write_bytes(weights.read_bytes()[:-4])
         with pytest.raises(InputError, match=r"transcoder\.safetensors: hash differs"):
             load_dictionary(KNEE, address)
-        for weights in tmp_path.glob("art/**/transcoder.safetensors"):
+        for weights in tmp_path.glob("server-artifacts/**/transcoder.safetensors"):
             weights.unlink()
         with pytest.raises(TrackingUnavailable, match=r"transcoder\.safetensors") as caught:
             load_dictionary(KNEE, address)

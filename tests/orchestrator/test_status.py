@@ -51,13 +51,13 @@ def test_hypervolumes_are_those_of_all_that_had_finished(
         ledger.set_reference("study", {"l0_cap": 128.0, "kl_baseline": 2.0})
         for number, (kl, l0, recovered) in enumerate(results):
             if number == before:
-                grown = HypervolumesInTime(ledger, "study")
+                grown = HypervolumesInTime(ledger.studies()[0], ledger.trainings("study"))
             ledger.add_training("study", str(number), POINT, 1000)
             ledger.finish(str(number), {"kl": kl, "l0": l0, "kl_recovered": recovered}, "where", "hash")
             if number >= before:
                 grown.add(ledger.training(str(number)))
         if before >= len(results):
-            grown = HypervolumesInTime(ledger, "study")
+            grown = HypervolumesInTime(ledger.studies()[0], ledger.trainings("study"))
         finished = ledger.trainings("study")
         fronts = [front_trainings(finished[: count + 1]) for count in range(len(finished))]
         points = [[(one.metrics["l0"], one.metrics["kl"]) for one in front] for front in fronts]

@@ -22,19 +22,11 @@ from orchestrator.tracking_notes import Owed, end_status, owed
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
-from tests.orchestrator.mlflow_server import free_port, server
+from tests.system.services import MlflowServer
 
 REFERENCE = {"kl_baseline": 2.0, "l0_cap": 128.0}
 IDENTITY = {"corpus": {"context": 128}, "training": {"tokens": 1000}, "seed": 3}
 DEAD_ADDRESS = "http://user:hunter2@127.0.0.1:9"
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """An empty MLflow database: its first migration takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").get_experiment_by_name("none")
-    return (folder / "mlflow.db").read_bytes()
 
 
 @pytest.fixture
@@ -486,21 +478,21 @@ def test_an_address_that_mlflow_cannot_use_is_refused(tracking: str) -> None:
 @pytest.mark.system
 def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: bytes) -> None:
     (tmp_path / "server.db").write_bytes(migrated)
-    port = free_port()
     ledger = Ledger(tmp_path / "l1" / "ledger.sqlite")
     ledger.open_sweep("l1", {}, None, {})
     ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
     ledger.set_reference("study", REFERENCE)
-    tracker = Tracker(f"http://127.0.0.1:{port}", tmp_path, ledger)
     start(ledger, "one")
     ledger.report("one", 100, {"loss": 1.0}, seconds=1.0)
-    with server(tmp_path, port):
+    with MlflowServer(tmp_path) as server:
+        tracker = Tracker(server.url, tmp_path, ledger)
         tracker.deliver()
-    ledger.report("one", 200, {"loss": 0.5}, seconds=2.0)
-    with pytest.raises(TrackingUnavailable, match=str(port)):
-        tracker.deliver()
-    finish(ledger, "one", l0=16.0, kl=0.1)
-    with server(tmp_path, port):
+        server.kill()
+        ledger.report("one", 200, {"loss": 0.5}, seconds=2.0)
+        with pytest.raises(TrackingUnavailable, match=server.url):
+            tracker.deliver()
+        finish(ledger, "one", l0=16.0, kl=0.1)
+        server.start()
         tracker.deliver("FINISHED")
         client = MlflowClient(tracking_uri=tracker.address)
         found = client.search_runs([client.get_experiment_by_name("l1").experiment_id])
