@@ -27,14 +27,21 @@ class Budget:
     """Compares what the ledger says was spent on the present studies with the limits."""
 
     def __init__(
-        self, limits: Limits, ledger: Ledger, studies: Collection[str], start: int, gpu_share: float = 0.0
+        self,
+        limits: Limits,
+        ledger: Ledger,
+        studies: Collection[str],
+        start: int,
+        gpu_share: float = 0.0,
+        seconds_before: float = 0.0,
     ) -> None:
+        """`seconds_before` is what this start took before there were packs."""
         self._limits = limits
         self._ledger = ledger
         self._studies = studies
         self._device_share = gpu_share or 1.0
         self._begun = time.monotonic()
-        self._before = seconds_of_earlier_starts(ledger, start)
+        self._before = seconds_of_earlier_starts(ledger, start) + seconds_before
 
     def exceeded(self) -> str | None:
         """The limit after which nothing goes on, in words; None as long as there is time."""

@@ -221,6 +221,8 @@ def simulate(
         _print_json(record)
         return
     messages.print(SNAPPING_RULE, highlight=False)
+    if recorded.outside:
+        messages.print(f"left out: {recorded.outside} finished trainings outside the sweep's present search.space")
     console.print(curves_table(record))
 
 

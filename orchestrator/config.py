@@ -16,7 +16,7 @@ from pydantic import (
 
 from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.composition import compose_sweep
-from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig
+from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig, rung_steps
 from orchestrator.validation import explain
 from qkmodel.configs import (
     ActivationsConfig,
@@ -156,10 +156,12 @@ class SweepConfig(Schema):
     @model_validator(mode="after")
     def _rungs_within_a_training(self) -> Self:
         rungs = self.halving.rungs if isinstance(self.halving, HalvingConfig) else None
-        if rungs is not None and rungs[-1] >= self.training.tokens:
+        per_step = self.training.batch_sequences * self.corpus.context
+        steps = -(-self.training.tokens // per_step)
+        if rungs is not None and (rungs[-1] >= self.training.tokens or not rung_steps(rungs[-1:], steps, per_step)):
             raise InputError(
-                f"halving.rungs: {rungs[-1]} is not below training.tokens {self.training.tokens}; "
-                "a rung is where a training may be stopped before its end"
+                f"halving.rungs: {rungs[-1]} is not below training.tokens {self.training.tokens} by a step of "
+                f"{per_step}; a rung is where a training may be stopped before its end"
             )
         return self
 

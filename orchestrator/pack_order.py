@@ -49,7 +49,7 @@ class PackOrder(Schema):
 
 
 class MemberReport(Schema):
-    """How one member stands after a stretch of training.
+    """How one member stands after a stretch of training, which a signal may have cut short: then without `metrics`.
 
     `metrics` are the final ones when `dictionary` (a path relative to the sweep's folder) is set, and the
     training's progress before that. `error` says why a member was given up. `seconds` is the member's share of

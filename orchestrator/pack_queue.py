@@ -49,12 +49,12 @@ class StudyWork:
 
 @dataclass(frozen=True)
 class QueueSettings:
-    """How trainings become packs. `trainings` is the most that all studies together may begin; None: no limit."""
+    """How trainings become packs. `new` is how many all studies together may still begin; None: as each proposes."""
 
     pack_size: int
     halving: Halving | None = None
     allocation: Allocation = "even"
-    trainings: int | None = None
+    new: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class PackQueue:
                 study.study_id: HypervolumesInTime(study, ledger.trainings(study.study_id)) for study in recorded
             }
         self._packs_made = 0
+        self._new = settings.new
         # once set, no pack is handed out any more, and those that end are not at fault
         self.stopping = False
         self._is_out_of_tokens = False
@@ -205,8 +206,8 @@ class PackQueue:
 
     def _reopen_or_fail(self, training: Training, error: str | None, tokens_ordered: int) -> bool:
         """Books that the training's pack has ended before it did; answers whether it failed for good."""
-        if error is None and (self.stopping or training.tokens_done == tokens_ordered):
-            # asked to stop, or past a rung
+        if self.stopping or (error is None and training.tokens_done == tokens_ordered):
+            # asked to stop (a signal to the whole process group kills workers too), or past a rung
             self._ledger.reopen(training.training_id, training.failures)
             return False
         reason, failures = error or "its pack ended before it did", training.failures + 1
@@ -285,6 +286,8 @@ class PackQueue:
                     study.wanted.add(identifier)
                     training = self._ledger.add_training(study_id, identifier, proposal, study.tokens_planned)
                     group.members.append(self._wait(study, training))
+            if self._new is not None:
+                self._new -= len(proposals)
             if group.members:
                 return group
         return None
@@ -293,7 +296,7 @@ class PackQueue:
         """The best of the stopped trainings, for tokens that are left once all proposals were begun."""
         if not self._budget.is_of_tokens:
             return None
-        stopped = {study_id: self._decisions.stopped(study_id) for study_id in self._studies}
+        stopped = {study_id: self._stopped_in_space(study) for study_id, study in self._studies.items()}
         study = max(self._studies.values(), key=lambda one: len(stopped[one.study_id]), default=None)
         if study is None:
             return None
@@ -304,12 +307,15 @@ class PackQueue:
             self._ledger.reopen(identifier)
         return self._unfinished_group() if chosen else None
 
+    def _stopped_in_space(self, study: StudyWork) -> list[str]:
+        """What halving stopped of the space that the file has now, the best first."""
+        stopped = (self._ledger.training(identifier) for identifier in self._decisions.stopped(study.study_id))
+        return [one.training_id for one in stopped if study.search.holds(one.hyperparameters)]
+
     def _room(self) -> int:
         """How many trainings may be begun now."""
-        if self._settings.trainings is None:
-            return self._settings.pack_size
-        begun = sum(sum(self._ledger.counts(study_id).values()) for study_id in self._studies)
-        return min(self._settings.pack_size, self._settings.trainings - begun)
+        size = self._settings.pack_size
+        return size if self._new is None else min(size, self._new)
 
     def _standing(self, study: StudyWork) -> Standing:
         begun = sum(self._ledger.counts(study.study_id).values())

@@ -42,7 +42,8 @@ class RayStopped(Exception):
 class _Watch(tune.Callback):
     """Looks around in Tune's loop: for used-up budgets, storage that takes nothing any more, and the end of Ray.
 
-    Raises OSError for such storage, and RayStopped once the head or the last node is gone: Tune would wait for it.
+    Raises OSError for such storage, InputError for a damaged ledger, and RayStopped once the head or the last node is
+    gone: Tune would wait for it.
     """
 
     def __init__(self, stopping: Stopping, searcher: PackSearcher) -> None:

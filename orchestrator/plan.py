@@ -80,8 +80,15 @@ class SweepPlan:
 
     @property
     def share_trained(self) -> float:
-        """The share of the planned tokens that is left to train on when halving stops as many as it promises."""
-        return self.halving.share_trained(steps_per_training(self.config)) if self.halving is not None else 1.0
+        """The share of the planned tokens that is left to train on.
+
+        As halving stops as many as it promises, and as `search.tokens` suffice.
+        """
+        halved = self.halving.share_trained(steps_per_training(self.config)) if self.halving is not None else 1.0
+        planned = self.tokens_per_training * self.trainings_left
+        if self.config.search.tokens is None or planned == 0:
+            return halved
+        return min(halved, max(0, self.config.search.tokens - self.tokens_spent) / planned)
 
     @property
     def trainings_left(self) -> int:

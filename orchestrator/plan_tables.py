@@ -46,6 +46,7 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
         lines.append(_halving_line(plan))
     return [
         *lines,
+        *_budget_lines(plan),
         f"estimated {duration(estimate.seconds)} on this machine: caching {duration(estimate.cache_seconds)}, "
         f"training {duration(estimate.training_seconds)}, evaluation {duration(estimate.evaluation_seconds)}, "
         f"start and end {duration(STARTUP_SECONDS)} (assumed)",
@@ -58,6 +59,17 @@ def _halving_line(plan: SweepPlan) -> str:
         f"halving: at {' and '.join(rungs)} tokens the best 1/{plan.halving.eta:g} of each kind go on, "
         f"so that about {plan.share_trained:.0%} of these tokens are trained on"
     )
+
+
+def _budget_lines(plan: SweepPlan) -> list[str]:
+    search, limits = plan.config.search, []
+    if search.tokens is not None:
+        limits.append(f"{search.tokens:,} tokens, of which {plan.tokens_spent:,} are spent")
+    if search.device_hours is not None:
+        limits.append(f"{search.device_hours:g} device-hours")
+    if search.wall_time is not None:
+        limits.append(f"{duration(search.wall_time)} of wall time")
+    return [f"ends earlier after {' or '.join(limits)}, all starts together"] if limits else []
 
 
 def estimate_record(plan: SweepPlan, estimate: Estimate) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from datetime import UTC, datetime
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import StartRow
@@ -25,11 +26,14 @@ PATIENCE_SECONDS = 20.0
 class Lease:
     """Held from construction to `release`. `start` is its number, which everything it writes carries."""
 
-    def __init__(self, ledger: Ledger, patience: float = PATIENCE_SECONDS) -> None:
-        """Raises InputError when a driver on another machine is at work on the sweep."""
+    def __init__(self, ledger: Ledger, patience: float = PATIENCE_SECONDS, seconds_before: float = 0.0) -> None:
+        """`seconds_before` is what this start took before: it counts as its time, too.
+
+        Raises InputError when a driver on another machine is at work on the sweep.
+        """
         self._ledger = ledger
-        refuse_beside_living_driver(ledger, patience)
-        self.start = _open_start(ledger)
+        latest = refuse_beside_living_driver(ledger, patience)
+        self.start = _open_start(ledger, latest + 1, round(seconds_before / BEAT_SECONDS))
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
@@ -48,8 +52,8 @@ class Lease:
         while not self._released.wait(BEAT_SECONDS):
             try:
                 _update(self._ledger, self.start, beat=StartRow.beat + 1)
-            except OSError:
-                # a full disk or a database that is away: the next beat may get through
+            except (OSError, InputError):
+                # a full disk, a file that is away or damaged: the next beat may get through
                 continue
 
 
@@ -60,23 +64,34 @@ def seconds_of_earlier_starts(ledger: Ledger, start: int) -> float:
         return BEAT_SECONDS * sum(beats)
 
 
-def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECONDS) -> None:
-    """Raises InputError when a driver on another machine is at work on the sweep; to tell may take `patience`."""
+def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECONDS) -> int:
+    """The number of the latest start, whose driver is dead; 0 where there was none.
+
+    Raises InputError when a driver on another machine is at work on the sweep; to tell may take `patience`.
+    """
     last = _latest(ledger)
+    if last is None:
+        return 0
     # the file lock has said that no driver on this machine is alive
-    if last is None or last.ended is not None or last.host == platform.node():
-        return
+    if last.ended is not None or last.host == platform.node():
+        return last.number
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         time.sleep(min(BEAT_SECONDS, patience) / 2)
         now = _latest(ledger)
-        if now.ended is not None:
-            return
+        if now.number == last.number and now.ended is not None:
+            return last.number
         if (now.number, now.beat) != (last.number, last.beat):
-            raise InputError(
-                f"name: process {now.process} on {now.host} is at work on the sweep in {ledger.folder}; "
-                "wait for it or end it, or choose another name"
-            )
+            raise _at_work(ledger)
+    return last.number
+
+
+def _at_work(ledger: Ledger) -> InputError:
+    now = _latest(ledger)
+    return InputError(
+        f"name: process {now.process} on {now.host} is at work on the sweep in {ledger.folder}; "
+        "wait for it or end it, or choose another name"
+    )
 
 
 def _latest(ledger: Ledger) -> StartRow | None:
@@ -87,12 +102,15 @@ def _latest(ledger: Ledger) -> StartRow | None:
         return row
 
 
-def _open_start(ledger: Ledger) -> int:
-    with ledger.transaction() as session:
-        row = StartRow(host=platform.node(), process=os.getpid(), started=datetime.now(UTC))
-        session.add(row)
-        session.flush()
-        return row.number
+def _open_start(ledger: Ledger, number: int, beat: int) -> int:
+    """Raises InputError when another driver took this number since it was found free."""
+    try:
+        with ledger.transaction() as session:
+            process, started = os.getpid(), datetime.now(UTC)
+            session.add(StartRow(number=number, host=platform.node(), process=process, started=started, beat=beat))
+    except IntegrityError:
+        raise _at_work(ledger) from None
+    return number
 
 
 def _update(ledger: Ledger, start: int, **values: object) -> None:

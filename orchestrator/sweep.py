@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from orchestrator.tracking_thread import TrackingThread
 from orchestrator.versions import GIT_DIFF_FILE, git_diff, git_sha, package_versions
 from qkmodel.activation_build import BuildProgress
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
+from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
 from qkmodel.products import product_dtype
 
@@ -79,6 +81,7 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
     another process is at work on the same sweep; RayStopped when Ray ends before the packs do, and KeyboardInterrupt
     when the process was asked to end, with every training in the ledger to be continued.
     """
+    begun = time.monotonic()
     with contextlib.ExitStack() as held:
         was_there = plan.folder.is_dir()
         if was_there:
@@ -101,24 +104,28 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
         if not was_there:
             plan.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_driver(plan.folder))
+            if (plan.folder / LEDGER_FILE).exists():
+                raise InputError(f"name: another process began the sweep in {plan.folder} just now; start it again")
         if with_git_diff:
             write_atomically(plan.folder / GIT_DIFF_FILE, git_diff().encode())
         else:
             (plan.folder / GIT_DIFF_FILE).unlink(missing_ok=True)
-        return _run_prepared(plan, prepared, view)
+        return _run_prepared(plan, prepared, view, time.monotonic() - begun)
 
 
-def _run_prepared(plan: SweepPlan, prepared: Preparation | None, view: SweepView) -> SweepOutcome:
+def _run_prepared(
+    plan: SweepPlan, prepared: Preparation | None, view: SweepView, seconds_before: float
+) -> SweepOutcome:
     ledger = Ledger(plan.folder / LEDGER_FILE)
-    lease = Lease(ledger)
+    lease = Lease(ledger, seconds_before=seconds_before)
     try:
-        return _run_leased(plan, prepared, view, ledger, lease)
+        return _run_leased(plan, prepared, view, ledger, lease, _budget(plan, ledger, lease.start, seconds_before))
     finally:
         lease.release()
 
 
 def _run_leased(
-    plan: SweepPlan, prepared: Preparation | None, view: SweepView, ledger: Ledger, lease: Lease
+    plan: SweepPlan, prepared: Preparation | None, view: SweepView, ledger: Ledger, lease: Lease, budget: Budget
 ) -> SweepOutcome:
     config, start = plan.config, lease.start
     # from here on workers of an earlier start write nothing
@@ -146,9 +153,7 @@ def _run_leased(
         if prepared is not None:
             _record_references(plan, prepared, ledger)
             works = [_study_work(plan, study, prepared, ledger, start) for study in plan.studies]
-            queue = PackQueue(
-                ledger, works, Checkpoints(plan.folder), _queue_settings(plan), _budget(plan, ledger, start)
-            )
+            queue = PackQueue(ledger, works, Checkpoints(plan.folder), _queue_settings(plan), budget)
             view.training_started(plan, ledger)
             budget_line = train_packs(plan, queue, start)
         patience = None
@@ -167,16 +172,16 @@ def _run_leased(
 
 
 def _queue_settings(plan: SweepPlan) -> QueueSettings:
-    search = plan.config.search
-    shared = search.trainings * len(plan.studies) if search.layer_allocation == "by_progress" else None
-    return QueueSettings(plan.pack_size, plan.halving, search.layer_allocation, shared)
+    allocation = plan.config.search.layer_allocation
+    new = sum(study.new for study in plan.studies) if allocation == "by_progress" else None
+    return QueueSettings(plan.pack_size, plan.halving, allocation, new)
 
 
-def _budget(plan: SweepPlan, ledger: Ledger, start: int) -> Budget:
+def _budget(plan: SweepPlan, ledger: Ledger, start: int, seconds_before: float) -> Budget:
     search = plan.config.search
     limits = Limits(search.tokens, search.device_hours, search.wall_time)
     studies = [study.study_id for study in plan.studies]
-    return Budget(limits, ledger, studies, start, plan.config.resources.pack.gpu)
+    return Budget(limits, ledger, studies, start, plan.config.resources.pack.gpu, seconds_before)
 
 
 def _record_references(plan: SweepPlan, prepared: Preparation, ledger: Ledger) -> None:

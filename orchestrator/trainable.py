@@ -89,10 +89,11 @@ class PackTrainable(tune.Trainable):
 
         What goes wrong ends the pack and is answered as `error`: Tune would keep the reason to itself.
         """
+        started = time.monotonic()
         try:
             if self._trainer is None:
                 self._open()
-            return self._train_and_report()
+            return self._train_and_report(started)
         # of any kind: what libraries raise, Triton's compiler for one, need not be a RuntimeError
         except Exception as error:  # noqa: BLE001
             _log.exception("pack %s", self._order.pack_id)
@@ -104,24 +105,23 @@ class PackTrainable(tune.Trainable):
                 "done": True,
             }
 
-    def _train_and_report(self) -> dict[str, Any]:
-        started = time.monotonic()
+    def _train_and_report(self, started: float) -> dict[str, Any]:
         report_step = self._next_report()
         self._trainer.train(report_step - self._trainer.steps_done, lambda: self._permit is Permit.GO)
         if self._permit is Permit.FENCED:
             return {"reports": [], "error": None, "fenced": True, "done": True}
         if self._trainer.steps_done < report_step:
             self._write_checkpoints()
-            return {"reports": [], "error": None, "done": True}
+            reports = [self._standing(training_id) for training_id in self._ids]
+            return {"reports": _with_seconds(reports, started), "error": None, "done": True}
         losses = [member.losses.take_means() for member in self._trainer.members]
         reports = [
             self._report(index, means, metrics)
             for index, (means, metrics) in enumerate(zip(losses, self._evaluate(), strict=True))
         ]
         self._keep([index for index, report in enumerate(reports) if report.error is None])
-        share = (time.monotonic() - started) / len(reports)
         return {
-            "reports": [report.model_copy(update={"seconds": share}).model_dump() for report in reports],
+            "reports": _with_seconds(reports, started),
             "error": None,
             "done": self._trainer.steps_done >= self._order.last_step or not self._trainer.members,
         }
@@ -167,7 +167,7 @@ class PackTrainable(tune.Trainable):
         figures = metrics if finished else losses | metrics
         # final figures are those of a dictionary, which follows
         self._write_checkpoint(member, training_id, {} if finished else figures)
-        report = MemberReport(training_id=training_id, tokens=self._trainer.tokens_done, seconds=0.0, metrics=figures)
+        report = self._standing(training_id).model_copy(update={"metrics": figures})
         if not finished:
             return report
         sha256 = self._save_dictionary(training_id, member, figures)
@@ -227,17 +227,22 @@ class PackTrainable(tune.Trainable):
         )
 
     def _give_up(self, index: int, why: str) -> MemberReport:
-        return MemberReport(
-            training_id=self._ids[index],
-            tokens=self._trainer.tokens_done,
-            seconds=0.0,
-            metrics={},
-            error=f"{DIVERGED} by token {self._trainer.tokens_done} ({why}); try a lower learning rate",
-        )
+        error = f"{DIVERGED} by token {self._trainer.tokens_done} ({why}); try a lower learning rate"
+        return self._standing(self._ids[index]).model_copy(update={"error": error})
+
+    def _standing(self, training_id: str) -> MemberReport:
+        """How far a member is, without figures."""
+        return MemberReport(training_id=training_id, tokens=self._trainer.tokens_done, seconds=0.0, metrics={})
 
     def _keep(self, indices: list[int]) -> None:
         self._trainer.members = [self._trainer.members[index] for index in indices]
         self._ids = [self._ids[index] for index in indices]
+
+
+def _with_seconds(reports: Sequence[MemberReport], started: float) -> list[dict[str, Any]]:
+    """The reports to be sent, each with its share of the time since `started`."""
+    share = (time.monotonic() - started) / len(reports)
+    return [report.model_copy(update={"seconds": share}).model_dump() for report in reports]
 
 
 def _finite(metrics: dict[str, float | None]) -> bool:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -50,7 +51,7 @@ def read_tensor_file(path: Path, kind: type[Header]) -> tuple[Header, dict[str, 
         parsed = _Record[kind].model_validate(record)
     except UnknownFormat:
         raise
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start over") from error
     if parsed.sha256 != _sha256(tensors):
         raise InputError(f"{path}: damaged, its hash is not the recorded one; delete it to start over")
@@ -61,8 +62,9 @@ def _read_record(content: bytes) -> object:
     """The record of a safetensors file: a JSON text under one key of its metadata. Raises ValueError."""
     size = int.from_bytes(content[:_LENGTH_BYTES], "little")
     head = json.loads(content[_LENGTH_BYTES:][:size])
-    metadata = head.get("__metadata__", {}) if isinstance(head, dict) else {}
-    return json.loads(metadata.get(_RECORD, "{}"))
+    metadata = head.get("__metadata__") if isinstance(head, dict) else None
+    record = metadata.get(_RECORD) if isinstance(metadata, dict) else None
+    return json.loads(record if isinstance(record, str) else "{}")
 
 
 def _refuse_other_format(path: Path, record: object, kind: type[Schema]) -> None:
@@ -81,5 +83,5 @@ def _sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """The parts of a sweep file that say what to try, how much of it, and what to stop early."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, field_validator, model_validator
@@ -173,8 +173,11 @@ def resolve_halving(
         setting = HalvingConfig() if trainings >= LEAST_HALVED and sampler != "grid" else None
     if setting is None:
         return None
-    rungs = default_rungs(steps)
-    if setting.rungs is not None:
-        nearest = {max(1, round(tokens / tokens_per_step)) for tokens in setting.rungs}
-        rungs = tuple(sorted(rung for rung in nearest if rung < steps))
-    return Halving(setting.eta, rungs)
+    rungs = default_rungs(steps) if setting.rungs is None else rung_steps(setting.rungs, steps, tokens_per_step)
+    return Halving(setting.eta, rungs) if rungs else None
+
+
+def rung_steps(rungs: Sequence[int], steps: int, tokens_per_step: int) -> tuple[int, ...]:
+    """The steps nearest to rungs given in tokens; those at a training's end are none."""
+    nearest = {max(1, round(tokens / tokens_per_step)) for tokens in rungs}
+    return tuple(sorted(rung for rung in nearest if rung < steps))

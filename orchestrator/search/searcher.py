@@ -9,6 +9,7 @@ from ray.tune.search import Searcher
 
 from orchestrator.pack_order import MemberReport
 from orchestrator.pack_queue import PackQueue
+from qkmodel.errors import InputError
 
 MENDED = "once that is mended the same command continues"
 
@@ -27,7 +28,7 @@ class PackSearcher(Searcher):
         self._folder = sweep_folder
         self._pack_of: dict[str, str] = {}
         # why the sweep cannot go on: Tune would take what its methods raise for a failure of the trial
-        self.halted: OSError | None = None
+        self.halted: OSError | InputError | None = None
         # what is in the ledger is another driver's from then on
         self._is_fenced = False
 
@@ -81,10 +82,11 @@ class PackSearcher(Searcher):
     def _halting(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, InputError) as error:
+            # the latter: a ledger whose file is damaged
             self._halt(error)
 
-    def _halt(self, error: OSError) -> None:
+    def _halt(self, error: OSError | InputError) -> None:
         self._queue.stopping = True
         self.halted = self.halted or error
 

@@ -21,6 +21,9 @@ from orchestrator.search.space import (
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters, WrongActivation
 
+# as many as a search may have trainings
+MOST_POINTS = 100_000
+
 
 def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings: int) -> None:
     """Refuse a space that holds a training that cannot be run, or that `sampler` cannot search.
@@ -93,8 +96,8 @@ def _check_range(key: str, name: str, setting: Range, sampler: str) -> None:
         raise InputError(f"{key}: low {setting.low:g} of a log range has to be above 0")
     if is_integer(name) and not (setting.low.is_integer() and setting.high.is_integer()):
         raise InputError(f"{key}: takes whole numbers, but the range goes from {setting.low:g} to {setting.high:g}")
-    if setting.points is not None and setting.points < 2:
-        raise InputError(f"{key}: points {setting.points} is too few; a range has 2 points or more")
+    if setting.points is not None and not 2 <= setting.points <= MOST_POINTS:
+        raise InputError(f"{key}: points {setting.points} has to be from 2 to {MOST_POINTS:,}")
     if sampler == "grid" and setting.points is None:
         raise InputError(f"{key}: a grid needs points in a range, for example points: 4")
 

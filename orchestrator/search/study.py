@@ -125,7 +125,7 @@ class StudySearch:
                 told before: stopped, and then taken up again.
         """
         key = Hyperparameters(**hyperparameters)
-        if not self._holds(canonical(hyperparameters)) or key in self._told:
+        if not self.holds(hyperparameters) or key in self._told:
             return
         trial = self._open.pop(key)
         self._told.add(key)
@@ -138,13 +138,15 @@ class StudySearch:
 
     def _remember(self, past: Past) -> None:
         point = canonical(past.hyperparameters)
-        if Hyperparameters(**point) in self._seen or not self._holds(point):
+        if Hyperparameters(**point) in self._seen or not self.holds(point):
             return
         self._accept(self._start_trial(point))
         if past.state != "open":
             self.tell(point, past.values if past.state in ("finished", "stopped") else None, past.feasible)
 
-    def _holds(self, point: Mapping[str, Any]) -> bool:
+    def holds(self, hyperparameters: Mapping[str, Any]) -> bool:
+        """Whether the space has this training."""
+        point = canonical(hyperparameters)
         return any(contains(alternative, point) for alternative in self._alternatives)
 
     def _placed(self, trial: Trial) -> Trial:
@@ -161,7 +163,7 @@ class StudySearch:
     def _given_first(self) -> Trial | None:
         while self._first:
             point = self._first.pop(0)
-            if self._holds(point) and Hyperparameters(**point) not in self._seen:
+            if self.holds(point) and Hyperparameters(**point) not in self._seen:
                 return self._start_trial(point)
         return None
 
@@ -170,9 +172,14 @@ class StudySearch:
             name = self.sampler if attempt < _SAMPLER_ATTEMPTS else self._fallback
             self._study.sampler = self._make_sampler(name, attempt)
             trial = self._start_trial()
-            if Hyperparameters(**self._hyperparameters(trial)) not in self._seen:
+            point = self._hyperparameters(trial)
+            is_new = Hyperparameters(**point) not in self._seen
+            if is_new and self._index_of(trial) == self._first_with(point):
                 return trial
             self._study.tell(trial, state=TrialState.FAIL)
+            if is_new:
+                # of overlapping alternatives the first has the point, as it will when the study is rebuilt
+                return self._start_trial(point)
         return None
 
     def _enumerate_unseen(self) -> Trial | None:
@@ -193,7 +200,7 @@ class StudySearch:
         """A running Optuna trial with all its parameters set: to `point`, or as the sampler likes."""
         if point is not None:
             self._study.sampler = self._make_sampler(self._fallback, attempt=0)
-            index = next(i for i, each in enumerate(self._alternatives) if contains(each, point))
+            index = self._first_with(point)
             fixed = {self._parameter(index, name): point[name] for name in dimensions(self._alternatives[index])}
             self._study.enqueue_trial({"alternative": index, **fixed} if self._conditional else fixed)
         trial = self._study.ask()
@@ -216,8 +223,14 @@ class StudySearch:
         else:
             trial.suggest_float(parameter, setting.low, setting.high, log=setting.log)
 
+    def _first_with(self, point: Mapping[str, Any]) -> int:
+        return next(index for index, each in enumerate(self._alternatives) if contains(each, point))
+
+    def _index_of(self, trial: Trial) -> int:
+        return trial.params["alternative"] if self._conditional else 0
+
     def _hyperparameters(self, trial: Trial) -> dict[str, Any]:
-        index = trial.params["alternative"] if self._conditional else 0
+        index = self._index_of(trial)
         alternative = self._alternatives[index]
         varying = {name: trial.params[self._parameter(index, name)] for name in dimensions(alternative)}
         # A list of one value does not vary, yet is a list.

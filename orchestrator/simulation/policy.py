@@ -15,7 +15,7 @@ from qkmodel.schema import Schema
 
 
 class Policy(Schema):
-    """Keys mean what they mean in a sweep file; what is left out is as in a sweep file that leaves it out.
+    """Keys mean what they mean in a sweep file, and are as there when left out, but for `pack`, which is a number.
 
     `trainings` per layer (None: as many as were recorded), `tokens` of the whole sweep, `packs_at_once` workers in
     virtual time.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from orchestrator.ledger import Ledger, Training
 from orchestrator.search.config import SearchConfig
+from orchestrator.search.space import canonical, contains
 from qkmodel.errors import InputError
 
 Metrics = Mapping[str, float | None]
@@ -39,13 +40,17 @@ class RecordedStudy:
 
 @dataclass(frozen=True)
 class RecordedSweep:
-    """A sweep's current studies, the search that its file asked for, and the tokens of a step and of a training."""
+    """A sweep's current studies, the search that its file asked for, and the tokens of a step and of a training.
+
+    `outside` counts finished trainings that are left out: those outside the file's present space.
+    """
 
     name: str
     search: SearchConfig
     tokens_per_step: int
     steps: int
     studies: Sequence[RecordedStudy]
+    outside: int
 
     @property
     def tokens(self) -> int:
@@ -54,24 +59,29 @@ class RecordedSweep:
 
 
 def read_recorded_sweep(ledger: Ledger) -> RecordedSweep:
-    """Reads what a replay needs. Raises InputError when no training of the sweep has finished."""
+    """Reads what a replay needs. Raises InputError when no training of the sweep's present space has finished."""
     config = ledger.sweep().config
+    search = SearchConfig.model_validate(config["search"])
     training, context = config["training"], config["corpus"]["context"]
     per_step = training["batch_sequences"] * context
-    studies = [
-        RecordedStudy(
-            study.study_id,
-            study.layer,
-            (study.reference["l0_cap"], study.reference["kl_baseline"]),
-            [_recorded(ledger, one) for one in ledger.trainings(study.study_id, "finished")],
+    studies, outside = [], 0
+    for study in ledger.studies():
+        if not (study.is_current and study.reference):
+            continue
+        finished = ledger.trainings(study.study_id, "finished")
+        inside = [
+            one for one in finished if any(contains(each, canonical(one.hyperparameters)) for each in search.space)
+        ]
+        outside += len(finished) - len(inside)
+        reference = (study.reference["l0_cap"], study.reference["kl_baseline"])
+        studies.append(
+            RecordedStudy(study.study_id, study.layer, reference, [_recorded(ledger, one) for one in inside])
         )
-        for study in ledger.studies()
-        if study.is_current and study.reference
-    ]
     if not any(study.trainings for study in studies):
-        raise InputError(f"{ledger.path}: no training of this sweep has finished, so there is nothing to replay")
-    search = SearchConfig.model_validate(config["search"])
-    return RecordedSweep(ledger.sweep().name, search, per_step, -(-training["tokens"] // per_step), studies)
+        raise InputError(
+            f"{ledger.path}: no training of this sweep's present space has finished, so there is nothing to replay"
+        )
+    return RecordedSweep(ledger.sweep().name, search, per_step, -(-training["tokens"] // per_step), studies, outside)
 
 
 def _recorded(ledger: Ledger, training: Training) -> RecordedTraining:

@@ -25,6 +25,7 @@ from orchestrator.search.config import resolve_halving
 from orchestrator.search.halving import Halving
 from orchestrator.search.samplers import resolve_auto
 from orchestrator.search.space import Alternative, Range, canonical, contains, dimensions, values
+from orchestrator.search.space_checks import validate_space
 from orchestrator.search.study import StudySearch
 from orchestrator.simulation.policy import Policy
 from orchestrator.simulation.recorded import RecordedStudy, RecordedSweep, RecordedTraining
@@ -32,9 +33,9 @@ from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import CheckpointHeader
 
 SNAPPING_RULE = (
-    "a proposal stands for the nearest recorded training of its alternative that was not used yet, by distance between "
-    "hyperparameters scaled to their ranges (on a logarithmic scale where the range is); figures at a rung are those "
-    "of the last report up to it"
+    "a proposal stands for the nearest recorded training of its alternative that was not used yet (where none of it is "
+    "left, for any), by distance between hyperparameters scaled to their ranges (on a logarithmic scale where the "
+    "range is); figures at a rung are those of the last report up to it"
 )
 
 
@@ -92,14 +93,10 @@ def distance(alternatives: Sequence[Alternative], one: Mapping[str, Any], other:
 
 def _apart(setting: Any, one: Any, other: Any) -> float:
     if not isinstance(setting, Range):
-        words = values(setting)
-        return (
-            0.0
-            if one == other
-            else 1.0
-            if isinstance(one, str)
-            else abs(words.index(one) - words.index(other)) / len(words)
-        )
+        if isinstance(one, str):
+            return float(one != other)
+        steps = sorted(values(setting))
+        return abs(steps.index(one) - steps.index(other)) / max(1, len(steps) - 1)
     scale = math.log if setting.log else float
     return abs(scale(one) - scale(other)) / (scale(setting.high) - scale(setting.low))
 
@@ -119,7 +116,10 @@ class _VirtualCheckpoints:
 
 
 def replay(sweep: RecordedSweep, policy: Policy) -> list[Point]:
-    """The hypervolume after every training that the policy finishes, the last of them when it ends."""
+    """The hypervolume after every training that the policy finishes, the last of them when it ends.
+
+    Raises InputError when the policy's sampler cannot search the space that was recorded.
+    """
     with TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
         try:
@@ -144,6 +144,7 @@ class _Replay:
         self._whole = {
             study.study_id: area(study, [one.training for one in study.trainings]) for study in sweep.studies
         }
+        validate_space(sweep.search.space, self._sampler, self._trainings)
         self._finished: dict[str, list[Training]] = {study.study_id: [] for study in sweep.studies}
         self._queue = self._open_queue()
 
@@ -203,8 +204,8 @@ class _Replay:
         sweep, policy = self._sweep, self._policy
         self._ledger.open_sweep(sweep.name, {}, None, {})
         works = [self._work(study) for study in sweep.studies]
-        shared = self._trainings * len(works) if policy.layer_allocation == "by_progress" else None
-        settings = QueueSettings(policy.pack, self._halving, policy.layer_allocation, shared)
+        new = self._trainings * len(works) if policy.layer_allocation == "by_progress" else None
+        settings = QueueSettings(policy.pack, self._halving, policy.layer_allocation, new)
         return PackQueue(
             self._ledger,
             works,

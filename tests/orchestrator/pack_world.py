@@ -66,7 +66,7 @@ def start(
     pack_size: int = 3,
     halving: Halving | None = None,
     allocation: Allocation = "even",
-    shared_trainings: int | None = None,
+    new: int | None = None,
     limits: Limits = Limits(),
     is_wanted: Callable[[Training], bool] = lambda training: training.state != "finished",
 ) -> Driver:
@@ -83,7 +83,7 @@ def start(
         works.append(
             StudyWork(study, search, TOKENS_PER_STEP, STEPS, template(folder, LAYERS[study]), {"threads": 2}, wanted)
         )
-    settings = QueueSettings(pack_size, halving, allocation, shared_trainings)
+    settings = QueueSettings(pack_size, halving, allocation, new)
     queue = PackQueue(ledger, works, Checkpoints(folder), settings, Budget(limits, ledger, studies, start=1))
     return Driver(ledger, queue, folder, {work.study_id: work.search for work in works})
 

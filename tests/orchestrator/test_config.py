@@ -88,6 +88,7 @@ BROKEN_VALUES = {
     ),
     "halving by one": ("name: good", "name: good\nhalving: {eta: 1}", ["halving.eta", "1.5"]),
     "rungs at the end": ("name: good", "name: good\nhalving: {rungs: [5_000, 10_000]}", ["halving.rungs", "10000"]),
+    "a grid beyond all reason": ("log: true, points: 4", "log: true, points: 3_000_000", ["points"]),
     "rungs in disorder": ("name: good", "name: good\nhalving: {rungs: [500, 100]}", ["halving.rungs", "ascending"]),
     "ledger is not built": ("name: good", "name: good\nledger: postgresql://h/d", ["ledger", "not built yet", "null"]),
     "endless tokens": ("10_000", "100000000000000000", ["training.tokens", "100000000000000000", "1000000000000"]),
@@ -558,3 +559,10 @@ def test_a_key_within_a_mapping_is_compared_with_the_keys_of_that_mapping(good: 
 def test_a_constraint_on_what_is_not_measured_is_refused(good: Path) -> None:
     message = message_of(good, "search.constraints={ce_recovered: {min: 0}}", "training.cross_entropy_sequences=0")
     assert "search.constraints.ce_recovered: is not measured" in message
+
+
+def test_a_rung_that_falls_on_the_last_step_is_refused(good: Path) -> None:
+    config = load_sweep(good)
+    per_step = config.training.batch_sequences * config.corpus.context
+    message = message_of(good, f"training.tokens={4 * per_step}", f"halving={{rungs: [{4 * per_step - 1}]}}")
+    assert "halving.rungs" in message and f"by a step of {per_step}" in message

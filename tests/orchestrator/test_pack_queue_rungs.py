@@ -213,7 +213,7 @@ def test_layers_share_a_budget_and_the_one_that_still_moves_gets_more(tmp_path: 
         trainings=16,
         pack_size=1,
         allocation="by_progress",
-        shared_trainings=16,
+        new=16,
     )
     begun: Counter[str] = Counter()
     while (order := driver.queue.next_pack()) != "finished":
@@ -227,12 +227,47 @@ def test_layers_share_a_budget_and_the_one_that_still_moves_gets_more(tmp_path: 
     assert begun["early"] == pytest.approx(4, abs=1)
 
 
-def test_packs_that_were_asked_to_stop_are_not_at_fault(tmp_path: Path) -> None:
+def test_trainings_outside_the_file_take_nothing_of_a_shared_budget(tmp_path: Path) -> None:
+    driver = start(tmp_path, pack_size=4)
+    driver.finish(take(driver))
+    shared = {"studies": ["early", "late"], "allocation": "by_progress", "new": 4}
+    edited = start(tmp_path, space=SIXTEEN | {"k": [3, 5, 6, 7]}, **shared)
+    begun = 0
+    while (order := edited.queue.next_pack()) != "finished":
+        begun += len(order.members)
+        edited.finish(order)
+    assert begun == 4
+
+
+def test_second_chances_are_for_what_the_file_still_asks_for(tmp_path: Path) -> None:
+    halving, limits = Halving(eta=2, rungs=(2,)), Limits(tokens=20 * TOKENS)
+    driver = start(tmp_path, pack_size=4, halving=halving, limits=limits)
+    order = take(driver)
+    reach(driver, order, {one: 0.1 * (1 + place) for place, one in enumerate(ids(order))})
+    (stopped, other) = driver.ledger.trainings(state="stopped")
+    driver.finish(take(driver))
+    # the file no longer has the size of one of the two
+    kept = {name: [stopped.hyperparameters[name]] for name in ("k", "dictionary_size")}
+    edited = start(
+        tmp_path,
+        space=GRID | kept,
+        halving=halving,
+        limits=limits,
+        is_wanted=lambda one: one.state not in ("finished", "stopped"),
+    )
+    assert other.hyperparameters != stopped.hyperparameters
+    assert ids(take(edited)) == [stopped.training_id]
+    edited.finish(edited.queue._running[next(iter(edited.queue._running))][1])
+    assert edited.queue.next_pack() == "finished"
+
+
+@pytest.mark.parametrize("error", [None, "its worker died"])
+def test_packs_that_were_asked_to_stop_are_not_at_fault(tmp_path: Path, error: str | None) -> None:
     driver = start(tmp_path, pack_size=4)
     order = take(driver)
     driver.report(order, 2)
     driver.queue.stopping = True
     assert driver.queue.next_pack() is None
-    driver.queue.end(order.pack_id, None)
+    driver.queue.end(order.pack_id, error)
     assert driver.queue.next_pack() == "finished"
     assert {(one.state, one.failures) for one in driver.ledger.trainings()} == {("open", 0)}

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,35 @@ def test_proposals_are_as_far_from_a_training_as_their_scales_say() -> None:
     # one of the two doublings between both ends
     assert distance([topk], point, point | {"dictionary_size": 512}) == pytest.approx(0.5)
     assert distance([topk], point, point | {"activation": "batchtopk"}) == float("inf")
+
+
+def test_a_point_of_a_list_is_as_far_as_its_place_among_the_numbers() -> None:
+    lists = {"dictionary_size": 512, "activation": ["relu", "topk"], "k": [16, 4, 8], "learning_rate": 1e-3}
+    point = {"dictionary_size": 512, "activation": "topk", "k": 4, "learning_rate": 1e-3, "seed": 0}
+    assert distance([lists], point, point | {"k": 8}) == pytest.approx(0.5)
+    assert distance([lists], point, point | {"k": 16}) == pytest.approx(1.0)
+
+
+def test_what_an_edited_file_no_longer_asks_for_is_left_out_and_said(ledger_file: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "ledger.sqlite"
+    edited.write_bytes(ledger_file.read_bytes())
+    with sqlite3.connect(edited) as database:
+        config = json.loads(database.execute("SELECT config FROM sweep").fetchone()[0])
+        config["search"]["space"][0]["dictionary_size"]["high"] = 512
+        database.execute("UPDATE sweep SET config = ?", (json.dumps(config),))
+    database.close()
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("{tokens: 5_000_000}")
+    done = orchestrate("simulate", str(edited), "--policy", str(policy), cwd=tmp_path)
+    assert done.returncode == 0 and "finished trainings outside the sweep's present search.space" in done.stderr
+
+
+def test_a_sampler_that_cannot_search_the_space_is_refused(ledger_file: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("{sampler: gp}")
+    refused = orchestrate("simulate", str(ledger_file), "--policy", str(policy), cwd=tmp_path)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "search.sampler: gp cannot search" in refused.stderr
 
 
 def test_the_command_prints_the_curve(ledger_file: Path, tmp_path: Path) -> None:

@@ -51,3 +51,27 @@ def test_a_dead_driver_on_another_machine_is_followed_once_it_was_seen_to_stand_
     # what it had cost is known by its own count
     assert seconds_of_earlier_starts(ledger, lease.start) == 30 * starts.BEAT_SECONDS
     lease.release()
+
+
+def test_of_two_drivers_that_found_the_same_start_dead_one_goes_on(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = starts.refuse_beside_living_driver
+
+    def look_and_be_overtaken(*arguments: object) -> int:
+        latest = look(*arguments)
+        monkeypatch.setattr(starts, "refuse_beside_living_driver", look)
+        overtaking.append(Lease(ledger))
+        return latest
+
+    overtaking: list[Lease] = []
+    monkeypatch.setattr(starts, "refuse_beside_living_driver", look_and_be_overtaken)
+    with pytest.raises(InputError, match="is at work on the sweep"):
+        Lease(ledger)
+    assert overtaking[0].start == 1 and overtaking[0].is_latest
+    overtaking[0].release()
+
+
+def test_what_a_start_took_before_its_packs_counts_as_its_time(ledger: Ledger) -> None:
+    Lease(ledger, seconds_before=90.0).release()
+    assert seconds_of_earlier_starts(ledger, 2) == pytest.approx(90.0, abs=starts.BEAT_SECONDS)

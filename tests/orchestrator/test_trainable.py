@@ -136,7 +136,11 @@ def test_a_pack_that_is_asked_to_stop_loses_no_step_and_no_loss(
         ask_to_stop(folder, 1)
 
     monkeypatch.setattr(Member, "step", step_and_ask)
-    assert trainable.step() == {"reports": [], "error": None, "done": True}
+    answer = trainable.step()
+    (standing,) = answer.pop("reports")
+    assert answer == {"error": None, "done": True}
+    # the time counts, and no figure is claimed
+    assert standing["tokens"] > 0 and standing["seconds"] > 0 and standing["metrics"] == {}
     monkeypatch.undo()
     _, header = newest_checkpoint(folder, "a")
     assert header.steps_done == STEPS // 8 + 1 and header.progress == {}

@@ -71,3 +71,24 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
         read_tensor_file(tmp_path / "folder", Header)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        '{"__metadata__": ["record"]}',
+        '{"__metadata__": {"record": 3}}',
+        '{"__metadata__": {"record": "[]"}}',
+        "[" * 9999,
+    ],
+)
+def test_a_head_that_nobody_wrote_is_called_damaged(tmp_path, head):
+    (tmp_path / "file").write_bytes(len(head).to_bytes(8, "little") + head.encode())
+    with pytest.raises(InputError, match="delete it to start over"):
+        read_tensor_file(tmp_path / "file", Header)
+
+
+def test_tensors_that_numpy_has_no_type_for_are_hashed_too(tmp_path):
+    write_tensor_file(tmp_path / "file", HEADER, {"a": torch.ones(3, dtype=torch.bfloat16), "empty": torch.ones(0, 2)})
+    _, tensors = read_tensor_file(tmp_path / "file", Header)
+    assert tensors["a"].dtype == torch.bfloat16 and tensors["empty"].shape == (0, 2)

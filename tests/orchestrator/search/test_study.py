@@ -144,6 +144,15 @@ def test_rebuilt_from_history_it_goes_on_as_if_never_interrupted(sampler):
         assert run(rebuilt) == whole[done:]
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_alternatives_that_overlap_are_rebuilt_as_they_were(sampler):
+    overlapping = [TOPK, TOPK | {"k": Range(low=8, high=256, log=True), "dictionary_size": [512, 1024, 4096]}]
+    whole = run(StudySearch(overlapping, sampler, 40, seed=3))
+    for done in (5, 15, 30):
+        rebuilt = StudySearch(overlapping, sampler, 40, seed=3, history=finished(whole[:done]))
+        assert run(rebuilt) == whole[done:]
+
+
 def test_gp_rebuilt_twice_proposes_the_same():
     past = run(StudySearch([RELU], "random", 8, seed=0))
     first, second = (StudySearch([RELU], "gp", 20, seed=0, history=finished(past)).ask() for _ in range(2))
