@@ -17,8 +17,9 @@ def main() -> None:
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt as interruption:
-        sys.stderr.write(INTERRUPTED)
-        code = 128 + next(iter(interruption.args), signal.SIGINT)
+        sys.stdout.flush()
+        # at once: taking the interpreter down takes seconds on a busy machine, and the ten are nearly over
+        end_process(INTERRUPTED, 128 + next(iter(interruption.args), signal.SIGINT))
     sys.exit(code)
 
 

@@ -28,6 +28,7 @@ from qkmodel.configs import (
     WholeNumber,
 )
 from qkmodel.errors import InputError
+from qkmodel.files import user_path
 from qkmodel.schema import Schema
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
@@ -141,6 +142,7 @@ class SweepConfig(Schema):
     def _folder(cls, storage: str) -> str:
         if "://" in storage:
             raise ValueError("must be the path of a folder")
+        user_path("storage", storage)
         return storage
 
     @model_validator(mode="after")

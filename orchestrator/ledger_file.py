@@ -1,5 +1,6 @@
 """The ledger's file: SQLite, its format, what makes a commit last, and transactions."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session
 
-from orchestrator.ledger_tables import Table
+from orchestrator.ledger_tables import Table, Unreadable
 from qkmodel.errors import InputError
 
 LEDGER_FILE = "ledger.sqlite"
@@ -89,8 +90,12 @@ class LedgerFile:
             # its subclasses are mistakes of ours
             if type(error) is not DatabaseError:
                 raise
-            what = f"{self.path} is damaged ({error.orig})"
-            raise InputError(f"{what}; put a copy of it there, or use another sweep name") from error
+            raise self._damaged(error.orig) from error
+        except (Unreadable, json.JSONDecodeError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, reason: object) -> InputError:
+        return InputError(f"{self.path} is damaged ({reason}); put a copy of it there, or use another sweep name")
 
 
 def _create_or_open(path: Path) -> Engine:

@@ -6,7 +6,17 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal
 
-from sqlalchemy import JSON, ColumnElement, DateTime, ForeignKey, TypeDecorator, UniqueConstraint, select
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    DateTime,
+    ForeignKey,
+    Row,
+    RowMapping,
+    TypeDecorator,
+    UniqueConstraint,
+    select,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 State = Literal["open", "running", "finished", "stopped", "failed"]
@@ -311,4 +321,20 @@ def read_trainings(session: Session, *conditions: ColumnElement[bool]) -> list[T
         values = select(MetricRow.training_id, MetricRow.name, MetricRow.value).join(TrainingRow).where(*conditions)
         for training_id, name, value in session.execute(values):
             metrics[training_id][name] = value
-    return [Training(**row._mapping, metrics=metrics[row.training_id]) for row in rows]
+    return [Training(**_checked(row), metrics=metrics[row.training_id]) for row in rows]
+
+
+class Unreadable(ValueError):
+    """A row that no program of this version wrote."""
+
+
+def _checked(row: Row[Any]) -> RowMapping:
+    is_sound = (
+        row.state in STATES
+        and isinstance(row.hyperparameters, dict)
+        and "dictionary_size" in row.hyperparameters
+        and (row.state != "finished" or row.dictionary is not None)
+    )
+    if not is_sound:
+        raise Unreadable(f"training {row.training_id}: its state, hyperparameters or dictionary cannot be read")
+    return row._mapping

@@ -140,7 +140,9 @@ class SweepPlan:
     def pack_size(self) -> int:
         """Trainings per pack: what the file says, or what suits this machine."""
         if self.config.pack != "auto":
-            return self.config.pack
+            search, layers = self.config.search, len(self.config.layers)
+            most = search.trainings * (layers if search.layer_allocation == "by_progress" else 1)
+            return min(self.config.pack, most)
         per_layer = max((study.to_train for study in self.studies), default=1)
         adaptive = self.sampler not in ("grid", "random")
         return automatic_pack_size(

@@ -35,8 +35,14 @@ def connected_ray() -> Iterator[None]:
     on_termination = signal.getsignal(signal.SIGTERM)
     # Ray prints what its nodes report, a dead worker for example, whatever log_to_driver says
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        _connect()
-        # Ray's own handler ends in a C++ crash dump
+        try:
+            _connect()
+        except SystemExit:
+            # what Ray's own handler of SIGTERM raises while Ray starts
+            signal.signal(signal.SIGTERM, on_termination)
+            ray.shutdown()
+            raise KeyboardInterrupt(signal.SIGTERM) from None
+        # and later it ends in a C++ crash dump
         signal.signal(signal.SIGTERM, on_termination)
         over = threading.Event()
         head = ray.get_runtime_context().gcs_address

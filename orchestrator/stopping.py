@@ -26,7 +26,6 @@ class Stopping:
         self._start = start
         self.signal: int | None = None
         self.budget_line: str | None = None
-        self._deadline: threading.Timer | None = None
 
     def check_budget(self) -> None:
         if not self._queue.stopping and (line := self._queue.exceeded_budget()) is not None:
@@ -49,8 +48,6 @@ class Stopping:
                 raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            if self._deadline is not None:
-                self._deadline.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -62,9 +59,10 @@ class Stopping:
         signal.signal(signal.SIGALRM, self._break_off)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
         # and where Ray was asked to end as well, the main thread may be in a call to it that does not return
-        self._deadline = threading.Timer(DEADLINE_SECONDS, end_process, (INTERRUPTED, 128 + number))
-        self._deadline.daemon = True
-        self._deadline.start()
+        # or what comes after the packs takes long: MLflow, the ledger's last commit on a busy disk
+        deadline = threading.Timer(DEADLINE_SECONDS, end_process, (INTERRUPTED, 128 + number))
+        deadline.daemon = True
+        deadline.start()
         try:
             self._stop()
         except OSError:

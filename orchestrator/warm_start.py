@@ -8,6 +8,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.pareto import front_trainings
 from qkmodel.errors import InputError
+from qkmodel.files import user_path
 
 
 def front_of_earlier_sweep(config: SweepConfig, layer: int) -> list[dict[str, Any]]:
@@ -26,7 +27,7 @@ def front_of_earlier_sweep(config: SweepConfig, layer: int) -> list[dict[str, An
 
 
 def _open(sweep: str, storage: Path) -> Ledger:
-    for folder in (Path(sweep).expanduser().absolute(), storage / sweep):
+    for folder in (user_path("search.warm_start", sweep).absolute(), storage / sweep):
         ledger = Ledger.open_if_there(folder / LEDGER_FILE)
         if ledger is not None:
             return ledger

@@ -85,6 +85,9 @@ def _check_structure(path: Path, text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         where = f"{path}: line {event.start_mark.line + 1}"
+        # what a plain value has by itself; any other is refused with its key, below
+        if getattr(event, "tag", None) in _PLAIN_TAGS:
+            raise InputError(f"{where}: has the tag {event.tag}; write a plain value")
         if isinstance(event, yaml.AliasEvent):
             raise InputError(f"{where}: *{event.anchor} is an alias; write the value out")
         if depth > _DEEPEST:

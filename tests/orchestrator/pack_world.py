@@ -1,7 +1,7 @@
 """Packs without Ray: a real queue on a real ledger, real searches, real checkpoints, and reports made by hand."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -137,11 +137,11 @@ def small_member() -> Member:
     return Member(hyperparameters, layer, reference, TrainingConfig(tokens=1))
 
 
-def write_checkpoint(folder: Path, training: str, steps: int) -> None:
+def write_checkpoint(folder: Path, training: str, steps: int, figures: Mapping[str, float] | None = None) -> None:
     """A real checkpoint, of a small member: the queue reads its head alone."""
     path = checkpoint_path(folder, 1, training, steps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(small_member(), path, training, steps)
+    save_checkpoint(small_member(), path, training, steps, dict(figures or {}))
 
 
 def steps_on_disk(folder: Path, training: str) -> int:

@@ -322,3 +322,15 @@ def test_writes_within_a_transaction_are_kept_together_or_not_at_all(ledger: Led
         ledger.start("one", "pack-0", {})
         ledger.finish("one", {"kl": 0.1}, "first", "aa")
     assert ledger.training("one").metrics == {"kl": 0.1}
+
+
+@pytest.mark.parametrize(
+    "edit", ["state = 'weird'", "hyperparameters = '{bad'", "hyperparameters = '{}'", "dictionary = null"]
+)
+def test_a_row_that_nobody_wrote_is_called_damage(ledger: Ledger, edit: str) -> None:
+    ledger.finish("one", {"kl": 0.1}, "dictionaries/one", "aa")
+    with sqlite3.connect(ledger.path) as database:
+        database.execute(f"UPDATE trainings SET {edit}")
+    database.close()
+    with pytest.raises(InputError, match=r"is damaged .*put a copy of it there"):
+        ledger.trainings()

@@ -39,6 +39,17 @@ def below(driver: int, name: str) -> list[psutil.Process]:
     raise TimeoutError(f"no {name} within 60 s")
 
 
+def test_sigterm_while_ray_starts_is_answered_as_at_any_other_time(sweep: Sweep) -> None:
+    with sweep.started("sweep", "first.yaml") as (process, output):
+        deadline = time.monotonic() + 300
+        while "starting" not in (output / "err").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        below(process.pid, "gcs_server")
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+        assert (output / "err").read_text().splitlines()[-1] == INTERRUPTED.strip()
+
+
 def test_interruptions_are_one_line_each_and_the_same_command_continues(sweep: Sweep) -> None:
     with sweep.started("sweep", "first.yaml") as (process, output):
         wait_until_training(sweep, process, output)
