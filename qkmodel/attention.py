@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -125,10 +125,19 @@ class AttentionLayer(nn.Module):
 
     def rotate(self, y: Heads) -> Heads:
         """Rotary embedding of queries or keys at positions 0 … context − 1; linear in `y`."""
-        rotary_dim = self.geometry.rotary_dim
-        if not rotary_dim:
+        return self._turn(y, *self.rotary_table(y.shape[1])) if self.geometry.rotary_dim else y
+
+    def rotate_at(
+        self, y: Float[Tensor, "rows heads d_head"], positions: Int[Tensor, "rows"], context: int
+    ) -> Float[Tensor, "rows heads d_head"]:
+        """Rotary embedding of each row at a position of its own, below `context`."""
+        if not self.geometry.rotary_dim:
             return y
-        cos, sin = self.rotary_table(y.shape[1])
+        cos, sin = self.rotary_table(context)
+        return self._turn(y, cos[positions], sin[positions])
+
+    def _turn(self, y: Tensor, cos: Float[Tensor, "rows 1 pairs"], sin: Float[Tensor, "rows 1 pairs"]) -> Tensor:
+        rotary_dim = self.geometry.rotary_dim
         turned, rest = y[..., :rotary_dim], y[..., rotary_dim:]
         if self.geometry.rotary_interleaved:
             first, second = turned[..., 0::2], turned[..., 1::2]

@@ -163,7 +163,6 @@ class AnyOrder(RuleBasedStateMachine):
     def nobody_is_tried_more_often_than_allowed_without_getting_further(self) -> None:
         assert max(self.deaths.values(), default=0) <= MAX_FAILURES
 
-
     @invariant()
     def what_was_decided_is_explained(self) -> None:
         for study in ("early", "late"):

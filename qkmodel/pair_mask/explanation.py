@@ -1,0 +1,111 @@
+"""Why one position of a text attends to another: the pairs of features that its score is the sum of."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qkmodel.attention import AttentionLayer
+from qkmodel.pair_mask.score_terms import SequenceCodes, final_scores, score_terms, sequence_codes
+from qkmodel.transcoder import QKTranscoder
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One active pair and what it adds to the score."""
+
+    query_feature: int
+    key_feature: int
+    contribution: float
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One query position's look at one key position in one head.
+
+    `score` (before soft-cap) = `bias` + the contributions of all active pairs, of which `pairs` are the largest in size
+    and `others` is the sum of the rest. `centred` is the score less the row's mean under the reconstructed pattern:
+    what softmax sees of it. `p` is the model's own probability, `p_hat` the reconstructed one.
+    """
+
+    query: int
+    key: int
+    p: float
+    p_hat: float
+    score: float
+    centred: float
+    bias: float
+    pairs: tuple[Pair, ...]
+    others: float
+
+
+@dataclass(frozen=True)
+class HeadExplanation:
+    """A head on one sequence: its true and reconstructed pattern [context, context], and the looks worth explaining."""
+
+    head: int
+    p: Float[Tensor, "context context"]
+    p_hat: Float[Tensor, "context context"]
+    looks: tuple[Attended, ...]
+
+
+@torch.no_grad()
+def explain_head(
+    transcoder: QKTranscoder,
+    layer: AttentionLayer,
+    x: Float[Tensor, "context d_model"],
+    head: int,
+    keys: int = 2,
+    pairs: int = 5,
+) -> HeadExplanation:
+    """For each query position the `keys` positions that the model attends to most in this head, and their pairs.
+
+    `x` is the layer's attention input on one sequence, in float32.
+    """
+    (codes,) = sequence_codes(transcoder, layer, x[None])
+    terms = score_terms(transcoder, layer, codes)
+    p, p_hat = codes.log_p[head].exp(), final_scores(terms.scores, layer)[head].softmax(-1)
+    key_head = head * layer.geometry.n_kv_heads // layer.geometry.n_heads
+    means = (p_hat * terms.scores[head]).sum(-1)
+    looks = []
+    for query in range(len(p)):
+        for key in p[query, : query + 1].topk(min(keys, query + 1)).indices.tolist():
+            if p[query, key] == 0:
+                continue
+            contributions = _contributions(codes, terms.u[head], terms.v[key_head], query, key)
+            largest = sorted(contributions, key=lambda one: -abs(one.contribution))[:pairs]
+            score = terms.scores[head, query, key].item()
+            bias = terms.bias_scores[head, query, key].item()
+            looks.append(
+                Attended(
+                    query=query,
+                    key=key,
+                    p=p[query, key].item(),
+                    p_hat=p_hat[query, key].item(),
+                    score=score,
+                    centred=score - means[query].item(),
+                    bias=bias,
+                    pairs=tuple(largest),
+                    others=score - bias - sum(one.contribution for one in largest),
+                )
+            )
+    return HeadExplanation(head, p, p_hat, tuple(looks))
+
+
+def _contributions(
+    codes: SequenceCodes,
+    u: Float[Tensor, "query_slots d_head"],
+    v: Float[Tensor, "key_slots d_head"],
+    query: int,
+    key: int,
+) -> list[Pair]:
+    """Every active pair of two positions."""
+    query_slots = range(codes.query.starts[query], codes.query.starts[query + 1])
+    key_slots = (codes.key.positions == key).nonzero()[0]
+    products = u[query_slots.start : query_slots.stop] @ v[torch.from_numpy(key_slots)].mT
+    return [
+        Pair(int(codes.query.features[a]), int(codes.key.features[b]), products[row, column].item())
+        for row, a in enumerate(query_slots)
+        for column, b in enumerate(key_slots)
+    ]
