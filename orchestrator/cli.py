@@ -149,6 +149,30 @@ def export(
 
 
 @app.command()
+def explain(
+    dictionary: Annotated[
+        str, typer.Argument(metavar="DICTIONARY", help="A dictionary's folder, or models:/NAME@ALIAS.")
+    ],
+    head: Annotated[int, typer.Option(metavar="H", help="The head, counted from 0.", min=0)],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model reads.")],
+    keys: Annotated[int, typer.Option(help="Positions attended to most, for each query position.", min=1)] = 2,
+    pairs: Annotated[int, typer.Option(help="Pairs of features shown for each.", min=1)] = 4,
+    tracking: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="MLflow's store, for models:/…; default: runs/mlflow.db.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The pairs of features behind a head's attention on a text; their contributions add up to the score."""
+    from orchestrator.explanation import explain, explanation_record, explanation_table, open_dictionary
+
+    found, tokens = explain(open_dictionary(dictionary, tracking), head, prompt, keys, pairs)
+    if as_json:
+        _print_json(explanation_record(found, tokens))
+        return
+    console.print(explanation_table(found, tokens))
+
+
+@app.command()
 def ui(
     sweep: Annotated[
         str | None, typer.Argument(metavar="[SWEEP]", help="A sweep; left out: the store of all sweeps in runs/.")

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from omegaconf import OmegaConf
@@ -26,7 +27,11 @@ from omegaconf import OmegaConf
 from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import status_record
+from qkmodel.configs import ModelConfig
+from qkmodel.dictionary import load_dictionary
 from qkmodel.errors import InputError
+from qkmodel.language_model import load_language_model
+from tests.orchestrator.test_cli import orchestrate
 
 pytestmark = pytest.mark.system
 
@@ -50,6 +55,7 @@ FILE = {
     },
     "pack": 2,
 }
+PROMPT, HEAD = "When Mary and John went to the store, John gave a drink to", 2
 LARGER_GRID = ("search.space.dictionary_size=[128,256,512]", "search.trainings=3")
 
 
@@ -311,6 +317,40 @@ def test_a_dictionary_gives_the_recorded_metrics_in_a_fresh_process(sweep: Sweep
         recorded = {name: value for name, value in training.metrics.items() if not name.startswith("ce_")}
         assert answers[training.training_id] == recorded
         assert len(recorded) == len(training.metrics) - 4
+
+
+def test_an_explanation_adds_up_to_the_score_and_p_is_the_models(sweep: Sweep, first: Snapshot) -> None:
+    dictionary = sweep.storage / "first" / first.trainings[0].dictionary
+    asked = ("--head", str(HEAD), "--prompt", PROMPT, "--pairs", "100000", "--json")
+    record = json.loads(sweep.run("explain", str(dictionary), *asked)[0])
+    loaded = load_dictionary(dictionary)
+    model = load_language_model(ModelConfig(name="smollm2-135m"))
+    text = (loaded.config.corpus.bos or "") + PROMPT
+    tokens = model.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    assert "".join(record["tokens"]) == text
+    layer = loaded.config.geometry.layer
+    p = model.attention_pattern(tokens, layer)[0, HEAD]
+    x = model.attention_inputs(tokens, [layer])[layer]
+    q_hat, k_hat = (y.unflatten(-1, (-1, loaded.config.geometry.d_head)) for y in loaded.transcoder(x))
+    with torch.no_grad():
+        scores = loaded.attention.scores(q_hat, k_hat)[0, HEAD]
+    assert len(record["looks"]) == 2 * tokens.shape[1] - 1
+    for look in record["looks"]:
+        where = look["query"], look["key"]
+        assert look["p"] == pytest.approx(p[where].item(), abs=1e-5)
+        assert look["score"] == pytest.approx(scores[where].item(), abs=1e-4)
+        assert look["others"] == pytest.approx(0, abs=1e-4), "all pairs were asked for"
+        added = look["bias"] + sum(pair["contribution"] for pair in look["pairs"])
+        assert added == pytest.approx(look["score"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head", "prompt", "said"), [("9", "x", "--head: 9 is not there; layer"), ("0", " ", "--prompt: is empty")]
+)
+def test_what_cannot_be_explained_is_one_line(sweep: Sweep, first: Snapshot, head: str, prompt: str, said: str) -> None:
+    dictionary = sweep.storage / "first" / first.trainings[0].dictionary
+    done = orchestrate("explain", str(dictionary), "--head", head, "--prompt", prompt, cwd=sweep.folder)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and said in done.stderr
 
 
 def test_a_larger_grid_trains_only_the_missing_point(second: Snapshot, larger: Snapshot) -> None:

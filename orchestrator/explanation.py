@@ -1,0 +1,100 @@
+"""Why a head attends where it does, on a text of the user's: `orchestrate explain`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int64
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from qkmodel.dictionary import Dictionary, load_dictionary
+from qkmodel.errors import InputError
+from qkmodel.language_model import LanguageModel, load_language_model
+from qkmodel.pair_mask.explanation import Attended, HeadExplanation, explain_head
+from qkmodel.tokenizer import token_texts
+
+
+def open_dictionary(reference: str, tracking: str | None) -> Dictionary:
+    """The dictionary in a folder, or the one that `models:/…` names. Raises InputError as these do."""
+    if not reference.startswith("models:"):
+        return load_dictionary(Path(reference).absolute())
+    # takes seconds to import
+    from orchestrator.registry import load_dictionary as load_registered
+
+    return load_registered(reference, tracking)
+
+
+def explain(
+    dictionary: Dictionary, head: int, prompt: str, keys: int, pairs: int
+) -> tuple[HeadExplanation, Sequence[str]]:
+    """What the dictionary says of one head on a prompt, and the prompt's tokens, the opening one first.
+
+    Raises InputError for a head that the layer does not have, a prompt that is empty or too long, and a model whose
+    files are no longer those that the dictionary was trained on.
+    """
+    config = dictionary.config
+    if head >= config.geometry.n_heads:
+        raise InputError(
+            f"--head: {head} is not there; layer {config.geometry.layer} has heads 0 to {config.geometry.n_heads - 1}"
+        )
+    if not prompt.strip():
+        raise InputError("--prompt: is empty; give some words")
+    model = load_language_model(config.model.config)
+    if model.description.weights_sha256 != config.model.weights_sha256:
+        raise InputError(f"model {config.model.config.name}: is not the one that the dictionary was trained on")
+    tokens = _tokens(model, config.corpus.bos or "", prompt)
+    layer = config.geometry.layer
+    x = model.attention_inputs(tokens, [layer])[layer][0]
+    found = explain_head(dictionary.transcoder, dictionary.attention, x, head, keys, pairs)
+    return found, token_texts(model.tokenizer, tokens[0].tolist())
+
+
+def _tokens(model: LanguageModel, bos: str, prompt: str) -> Int64[Tensor, "1 context"]:
+    tokens = model.tokenizer(bos + prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    longest = model.description.max_context
+    if tokens.shape[1] > longest:
+        raise InputError(f"--prompt: has {tokens.shape[1]} tokens; the model takes {longest}")
+    return tokens
+
+
+def explanation_record(found: HeadExplanation, tokens: Sequence[str]) -> dict[str, Any]:
+    """What `orchestrate explain --json` prints."""
+    return {"head": found.head, "tokens": list(tokens), "looks": [_look_record(look) for look in found.looks]}
+
+
+def _look_record(look: Attended) -> dict[str, Any]:
+    names = ("query", "key", "p", "p_hat", "score", "centred", "bias", "others")
+    pairs = [
+        {"query_feature": one.query_feature, "key_feature": one.key_feature, "contribution": one.contribution}
+        for one in look.pairs
+    ]
+    return {name: getattr(look, name) for name in names} | {"pairs": pairs}
+
+
+def explanation_table(found: HeadExplanation, tokens: Sequence[str]) -> Table:
+    """A row for each look: who looks at whom, how much, and the pairs behind it."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("from", justify="right", no_wrap=True)
+    table.add_column("to", no_wrap=True)
+    for name in ("p", "p̂", "score", "bias"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("query feature × key feature: contribution")
+    for look in found.looks:
+        pairs = [f"{one.query_feature}×{one.key_feature}: {one.contribution:+.2f}" for one in look.pairs]
+        table.add_row(
+            Text(_shown(tokens, look.query)),
+            Text(_shown(tokens, look.key)),
+            f"{look.p:.2f}",
+            f"{look.p_hat:.2f}",
+            f"{look.score:+.2f}",
+            f"{look.bias:+.2f}",
+            ", ".join([*pairs, f"others: {look.others:+.2f}"]),
+        )
+    return table
+
+
+def _shown(tokens: Sequence[str], position: int) -> str:
+    return f"{position} {tokens[position]!r}"
