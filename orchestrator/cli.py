@@ -194,6 +194,7 @@ def ui(
         require_free(port)
         commands.append(mlflow_command(address, port))
         messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
+        messages.print("sweeps are under its *Model training*, upper left, and there under *Experiments*", markup=False)
     if dashboard:
         from orchestrator.dashboard import dashboard_command, export_studies
 

@@ -21,6 +21,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 State = Literal["open", "running", "finished", "stopped", "failed"]
 STATES: tuple[State, ...] = ("open", "running", "finished", "stopped", "failed")
+# of metrics of single heads
+HEAD_PREFIX = "kl_head_"
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class DeliveryRow(Table):
 
 def without_heads(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """Metrics without those of single heads."""
-    return {name: value for name, value in metrics.items() if not name.startswith("kl_head_")}
+    return {name: value for name, value in metrics.items() if not name.startswith(HEAD_PREFIX)}
 
 
 def finite_or_none(value: float | None) -> float | None:

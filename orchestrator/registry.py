@@ -44,6 +44,9 @@ from qkmodel.model_description import model_slug
 
 SHA256_TAG = "qk.dictionary_sha256"
 MODEL_TYPE = "qk-transcoder"
+# what a table of versions shows of each; all of it is in the description
+_SHOWN_FACTS = ("qk.sweep", STUDY_TAG, TRAINING_TAG, SHA256_TAG)
+_SHOWN_METRICS = ("l0", "kl", "kl_recovered")
 
 _REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))", re.ASCII)
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -199,11 +202,11 @@ class _Registration:
         condition = f"tags.`{TRAINING_TAG}` = '{training.training_id}'"
         runs = client.search_runs([self._experiment], condition, max_results=1)
         run_id = runs[0].info.run_id if runs else None
-        tags = _provenance(self._sweep, choice, config)
+        facts = _provenance(self._sweep, choice, config)
         params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
         metrics = {key: value for key, value in without_heads(training.metrics).items() if value is not None}
         # names of logged models hold no points
-        model = client.create_logged_model(self._experiment, name.replace(".", "-"), run_id, tags, params, MODEL_TYPE)
+        model = client.create_logged_model(self._experiment, name.replace(".", "-"), run_id, facts, params, MODEL_TYPE)
         try:
             for file in FILES:
                 client.log_model_artifact(model.model_id, str(folder / file))
@@ -215,12 +218,16 @@ class _Registration:
                 client.finalize_logged_model(model.model_id, "FAILED")
             raise
         _ensure_registered_model(client, name, choice.status.study)
-        tags |= params | {key: repr(value) for key, value in metrics.items()}
+        figures = {key: repr(value) for key, value in metrics.items()}
+        tags = {key: facts[key] for key in _SHOWN_FACTS} | {key: figures[key] for key in _SHOWN_METRICS}
+        text = _description(training, figures, params, facts)
         if self._artifact_root is None:
             source = f"models:/{model.model_id}"
-            return client.create_model_version(name, source, run_id, tags, model_id=model.model_id).version
-        # a database store would look a logged model up in the store that is this process's default
-        return client.create_model_version(name, model.artifact_location, run_id, tags).version
+            made = client.create_model_version(name, source, run_id, tags, model_id=model.model_id, description=text)
+        else:
+            # a database store would look a logged model up in the store that is this process's default
+            made = client.create_model_version(name, model.artifact_location, run_id, tags, description=text)
+        return made.version
 
     def _show_metrics(self, run_id: str, model_id: str, training: Training, metrics: Mapping[str, float]) -> None:
         """On the logged model's page. The run has the same points, and MLflow keeps one of equal ones."""
@@ -235,6 +242,12 @@ def _ensure_registered_model(client: MlflowClient, name: str, study: Study) -> N
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _description(training: Training, *tables: Mapping[str, str]) -> str:
+    """Markdown, whose first line is what a table of versions shows of it."""
+    rows = ["| | |\n|---|---|\n" + "\n".join(f"| {key} | `{value}` |" for key, value in one.items()) for one in tables]
+    return "\n\n".join([training.label, *rows])
 
 
 def _provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> dict[str, str]:

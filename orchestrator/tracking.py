@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 from sqlalchemy.exc import SQLAlchemyError
@@ -99,7 +98,7 @@ class Tracker:
         children = _search(client, self._experiment, f"tags.`{PARENT_TAG}` = '{self._parent}'")
         self._runs = {run.data.tags[TRAINING_TAG]: run.info.run_id for run in children if TRAINING_TAG in run.data.tags}
         self._fronts = FrontArtifacts(client, self._ledger, self._parent)
-        self._summary = SweepSummary(client, self._ledger, self._parent)
+        self._summary = SweepSummary(client, self._ledger, self._experiment, self._parent)
         return client
 
     def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> None:
@@ -146,14 +145,11 @@ class Tracker:
         if notes.get("sweep") == mark:
             return
         client.log_text(self._parent, text, "sweep.yaml")
+        client.log_text(self._parent, OmegaConf.to_yaml({"versions": sweep.versions, **sweep.facts}), "start.yaml")
         if changes:
             client.log_text(self._parent, changes, GIT_DIFF_FILE)
-        tags = {f"version.{package}": version for package, version in sweep.versions.items()}
-        for kind, facts in sweep.facts.items():
-            tags |= {f"{kind}.{name}": str(value) for name, value in facts.items()}
         if sweep.git_sha is not None:
-            tags["mlflow.source.git.commit"] = sweep.git_sha
-        client.log_batch(self._parent, tags=[RunTag(key, value) for key, value in tags.items()])
+            client.set_tag(self._parent, "mlflow.source.git.commit", sweep.git_sha)
         self._ledger.note_delivered(self._parent, "sweep", mark)
 
     def _deliver_status(self, client: MlflowClient, notes: dict[str, str], ended: EndStatus | None) -> None:

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Study, Training
+from orchestrator.ledger_tables import HEAD_PREFIX, Study, Training
 from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, status_mark
 
 # MLflow's own limits for one batch
@@ -87,7 +87,7 @@ class TrainingRun:
             tags.append(RunTag("qk.dictionary_sha256", training.dictionary_sha256))
         ended = milliseconds(training.finished) if training.finished is not None else None
         final = [
-            Metric(name, value, ended, training.tokens_done)
+            Metric(shown_name(name), value, ended, training.tokens_done)
             for name, value in training.metrics.items()
             if value is not None
         ]
@@ -134,6 +134,11 @@ def find_or_create_experiment(client: MlflowClient, sweep: str, artifact_root: s
     if experiment is not None:
         return experiment.experiment_id
     return client.create_experiment(sweep, artifact_location=artifact_root and f"{artifact_root}/{sweep}")
+
+
+def shown_name(metric: str) -> str:
+    """What a metric is called in MLflow, whose pages show names with the same first part as a section of their own."""
+    return f"heads/{metric}" if metric.startswith(HEAD_PREFIX) else metric
 
 
 def milliseconds(time: datetime) -> int:

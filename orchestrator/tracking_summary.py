@@ -1,6 +1,7 @@
 """What a sweep's parent run says of the sweep as a whole: hypervolumes against tokens, and a description."""
 
 from collections.abc import Mapping, Sequence
+from urllib.parse import urlencode
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -10,6 +11,7 @@ from orchestrator.ledger_tables import Training
 from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses
 from orchestrator.study_names import study_names
 from orchestrator.tracking_run import MAX_METRICS, batches, milliseconds
+from orchestrator.tracking_store import STUDY_TAG
 
 # the tag that MLflow's page of a run shows as its description, in Markdown
 DESCRIPTION_TAG = "mlflow.note.content"
@@ -21,9 +23,10 @@ _MOST_ROWS, _MOST_FAILURES = 12, 5
 class SweepSummary:
     """What of the summary lies in one parent run."""
 
-    def __init__(self, client: MlflowClient, ledger: Ledger, parent: str) -> None:
+    def __init__(self, client: MlflowClient, ledger: Ledger, experiment: str, parent: str) -> None:
         self._client = client
         self._ledger = ledger
+        self._experiment = experiment
         self._parent = parent
 
     def deliver(self, notes: Mapping[str, str]) -> None:
@@ -32,7 +35,9 @@ class SweepSummary:
         statuses = study_statuses(self._ledger)
         for status in statuses:
             self._deliver_hypervolumes(status, names[status.study.study_id], notes)
-        text = "\n\n".join(_description(status, names[status.study.study_id]) for status in statuses)[:MAX_CHARACTERS]
+        text = _shortened(
+            "\n\n".join(_description(status, names[status.study.study_id], self._experiment) for status in statuses)
+        )
         if notes.get("description") != text:
             self._client.set_tag(self._parent, DESCRIPTION_TAG, text)
             self._ledger.note_delivered(self._parent, "description", text)
@@ -50,9 +55,27 @@ class SweepSummary:
         self._ledger.note_delivered(self._parent, f"hypervolume {name}", str(finished))
 
 
-def _description(status: StudyStatus, name: str) -> str:
+def _shortened(text: str) -> str:
+    """As many whole lines as MLflow keeps."""
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rpartition("\n")[0]
+
+
+def _front_address(experiment: str, study_id: str) -> str:
+    """Where MLflow's UI lists the trainings on a study's front by ascending l0, relative to any of its pages."""
+    query = {
+        "workflowType": "machine_learning",
+        "searchFilter": f"tags.pareto = 'true' and tags.`{STUDY_TAG}` = '{study_id}'",
+        # the UI nests runs below their parent only while they are sorted by time
+        "orderByKey": "metrics.`l0`",
+        "orderByAsc": "true",
+    }
+    return f"#/experiments/{experiment}/runs?{urlencode(query)}"
+
+
+def _description(status: StudyStatus, name: str, experiment: str) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
-    lines = [f"### {name}", f"{counts}; {len(status.front)} on the front, hypervolume {status.hypervolume:.2f}", ""]
+    front = f"[{len(status.front)} on the front]({_front_address(experiment, status.study.study_id)})"
+    lines = [f"### {name}", f"{counts}; {front}, hypervolume {status.hypervolume:.2f}", ""]
     if status.front:
         lines += ["| training | l0 | KL | recovered | recovered, no BOS |", "|---|---|---|---|---|"]
         lines += [_front_row(training) for training in status.front[:_MOST_ROWS]]

@@ -22,8 +22,8 @@ def require_free(port: int) -> None:
 
 def serve(commands: Sequence[Sequence[str]]) -> bool:
     """Runs all commands until this process is asked to end, or one of them ends by itself: then the answer is False."""
-    # one worker per server is enough for one person
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # one worker per server is enough for one person; MLflow would send to its makers how its pages are used
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     processes: list[subprocess.Popen[bytes]] = []

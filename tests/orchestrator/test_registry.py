@@ -111,9 +111,14 @@ def test_the_version_says_where_it_comes_from_and_how_good_it_is(storage: Path, 
     }
     hyperparameters = {name: str(value) for name, value in training.hyperparameters.items()}
     metrics = {name: value for name, value in training.metrics.items() if name not in ("kl_head_00", "ce_recovered")}
-    assert version.tags == provenance | hyperparameters | {name: repr(value) for name, value in metrics.items()}
-    # to the last digit
-    assert {name: float(version.tags[name]) for name in metrics} == metrics
+    # a table of versions shows all tags of each, and the first line of its description
+    ids = ("qk.sweep", "qk.study_id", "qk.training_id", "qk.dictionary_sha256")
+    figures = {name: repr(metrics[name]) for name in ("l0", "kl", "kl_recovered")}
+    assert version.tags == {name: provenance[name] for name in ids} | figures
+    first, *rows = version.description.splitlines()
+    assert first == training.label
+    everything = provenance | hyperparameters | {name: repr(value) for name, value in metrics.items()}
+    assert {row for row in rows if "`" in row} == {f"| {name} | `{value}` |" for name, value in everything.items()}
     run = client.get_run(version.run_id)
     assert run.data.tags["qk.training_id"] == MIDDLE
     model = client.get_logged_model(uploaded(storage).parent.name)

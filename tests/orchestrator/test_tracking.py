@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from mlflow import MlflowClient
@@ -20,6 +22,7 @@ from orchestrator.ledger_tables import Decision
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import Owed, end_status, owed
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
+from orchestrator.tracking_summary import DESCRIPTION_TAG
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
 from tests.system.services import MlflowServer
@@ -118,7 +121,7 @@ def test_mlflow_shows_what_the_ledger_holds(storage: Path, ledger: Ledger) -> No
     assert (parent.info.run_name, parent.info.status) == ("l1", "RUNNING")
     assert parent.data.tags["mlflow.source.git.commit"] == "abc123"
     assert artifacts(storage, parent, "fronts") == {"fronts/L08.png", "fronts/L08.html", "fronts/L08.json"}
-    assert artifacts(storage, parent, "") == {"fronts", "sweep.yaml"}
+    assert artifacts(storage, parent, "") == {"fronts", "sweep.yaml", "start.yaml"}
     (row,) = front_table(storage, parent)
     assert (row["training"], row["kl"], row["k"]) == ("L08 topk16 d512 lr3e-3 s0", 0.1, 16)
 
@@ -513,7 +516,10 @@ def test_the_parent_says_what_was_found_and_what_failed(storage: Path, ledger: L
     tracker = Tracker(None, storage, ledger)
     tracker.deliver()
     parent, _ = runs(storage)
-    assert (parent.data.tags["machine.cpus"], parent.data.tags["plan.trainings"]) == ("2", "3")
+    recorded = Path(client_of(storage).download_artifacts(parent.info.run_id, "start.yaml")).read_text()
+    assert recorded == "versions: {}\nmachine:\n  cpus: 2\nplan:\n  trainings: 3\n"
+    # the UI shows every tag, and offers every name as a column
+    assert {name for name in parent.data.tags if not name.startswith("mlflow.")} == {"qk.sweep"}
     said = parent.data.tags["mlflow.note.content"]
     assert "| L08 topk16 d512 lr3e-3 s0 | 16.0 | 0.1000 | 95.0% |  |" in said
     assert "1 failed:\n\n- L08 topk8 d512 lr3e-3 s0: `diverged 'twice'`" in said
@@ -521,6 +527,41 @@ def test_the_parent_says_what_was_found_and_what_failed(storage: Path, ledger: L
     finish(ledger, "three", l0=4.0, kl=0.3)
     tracker.deliver()
     assert "| L08 topk4 d512 lr3e-3 s0 | 4.0 |" in runs(storage)[0].data.tags["mlflow.note.content"]
+
+
+def test_the_parent_links_to_each_front_in_order(storage: Path, ledger: Ledger) -> None:
+    ledger.open_study("other", "transcoder", 9, IDENTITY, model="m", corpus="c")
+    ledger.set_reference("other", REFERENCE)
+    for name, study, l0, kl in [("a", "study", 16.0, 0.1), ("b", "study", 4.0, 0.3), ("c", "other", 8.0, 0.2)]:
+        start(ledger, name, k=round(l0), study=study)
+        finish(ledger, name, l0=l0, kl=kl)
+    Tracker(None, storage, ledger).deliver()
+    parent, _ = runs(storage)
+    links = re.findall(
+        r"\[(\d) on the front\]\(#/experiments/(\d+)/runs\?([^) ]+)\)", parent.data.tags[DESCRIPTION_TAG]
+    )
+    assert [(count, experiment) for count, experiment, _ in links] == [("2", parent.info.experiment_id), ("1", "1")]
+    query = parse_qs(links[0][2])
+    (condition,), (key,), (ascending,) = query["searchFilter"], query["orderByKey"], query["orderByAsc"]
+    order = f"{key} {'ASC' if ascending == 'true' else 'DESC'}"
+    listed = client_of(storage).search_runs([parent.info.experiment_id], condition, order_by=[order])
+    assert [run.data.tags["qk.training_id"] for run in listed] == ["b", "a"]
+
+
+def test_a_description_that_mlflow_would_not_keep_ends_with_a_whole_line(storage: Path, ledger: Ledger) -> None:
+    for layer in range(30):
+        ledger.open_study(f"study-{layer}", "transcoder", layer, IDENTITY, model="m", corpus="c")
+    Tracker(None, storage, ledger).deliver()
+    said = runs(storage)[0].data.tags[DESCRIPTION_TAG]
+    assert 7000 < len(said) <= 8000
+    assert said.splitlines()[-1] == "" or re.fullmatch(r"### L\d\d|.*hypervolume [\d.]+", said.splitlines()[-1])
+
+
+def test_metrics_of_heads_are_a_section_of_their_own(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    ledger.finish("one", {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "kl_head_00": 0.2}, "dictionaries/one", "aa" * 32)
+    Tracker(None, storage, ledger).deliver()
+    assert runs(storage)[1]["one"].data.metrics == {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "heads/kl_head_00": 0.2}
 
 
 def test_hypervolume_grows_along_the_tokens_of_ended_trainings(storage: Path, ledger: Ledger) -> None:
@@ -559,10 +600,10 @@ def test_what_is_owed_is_known_without_asking_mlflow(storage: Path, ledger: Ledg
 def test_the_git_diff_is_kept_where_it_was_asked_for(storage: Path, ledger: Ledger) -> None:
     tracker = Tracker(None, storage, ledger)
     tracker.deliver()
-    assert artifacts(storage, runs(storage)[0], "") == {"sweep.yaml"}
+    assert artifacts(storage, runs(storage)[0], "") == {"sweep.yaml", "start.yaml"}
     (ledger.folder / "git.diff").write_text("+one more line\n")
     tracker.deliver()
-    assert artifacts(storage, runs(storage)[0], "") == {"git.diff", "sweep.yaml"}
+    assert artifacts(storage, runs(storage)[0], "") == {"git.diff", "sweep.yaml", "start.yaml"}
 
 
 def test_a_server_that_never_answers_does_not_hold_up_an_interrupted_sweep(tmp_path: Path, ledger: Ledger) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import itertools
+import json
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -56,29 +58,83 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    async def open(self, file: Path, width: int, height: int = 900) -> None:
-        """Loads a file into a window of that many CSS pixels and draws all of it."""
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            await self.call(f"{domain}.enable")
+    async def resize(self, width: int, height: int = 900) -> None:
+        """The window has that many CSS pixels from now on."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         await self.call("Emulation.setDeviceMetricsOverride", **metrics)
-        await self.call("Page.navigate", url=file.as_uri())
-        while await self.evaluate("document.readyState") != "complete" or await self.evaluate("location.href") == (
-            "about:blank"
-        ):
-            await asyncio.sleep(0.1)
+
+    async def visit(self, address: str) -> None:
+        """Loads an address; what its scripts do after that is not waited for."""
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            await self.call(f"{domain}.enable")
+        await self.call("Page.navigate", url=address)
+        await self.wait_for("location.href != 'about:blank' && document.readyState == 'complete'")
+
+    async def open(self, file: Path, width: int, height: int = 900) -> None:
+        """Loads a file into a window of that many CSS pixels and draws all of it."""
+        await self.resize(width, height)
+        await self.visit(file.as_uri())
         await self.evaluate("window.dispatchEvent(new Event('beforeprint'))")
         await asyncio.sleep(1)
 
-    async def screenshot(self, path: Path) -> None:
-        """The whole page, below the window's edge too."""
-        answer = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    async def wait_for(self, condition: str, seconds: float = _SECONDS) -> Any:
+        """The value of an expression as soon as it is true."""
+        deadline = time.monotonic() + seconds
+        while not (value := await self.evaluate(condition)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {seconds:g} s: {condition}\n{await self.text()}")
+            await asyncio.sleep(0.05)
+        return value
+
+    async def text(self) -> str:
+        """What a person reads in the page."""
+        return await self.evaluate("document.body.innerText")
+
+    async def wait_for_text(self, *texts: str) -> None:
+        """Waits until a person can read all of them."""
+        await self.wait_for(f"{json.dumps(texts)}.every((one) => document.body.innerText.includes(one))")
+
+    async def click(self, element: str) -> None:
+        """Presses the mouse on the element that a JavaScript expression answers, once it is there and lies still."""
+        place = f"""(async () => {{
+            const one = {element};
+            if (!one || one.disabled) return null;
+            one.scrollIntoView({{ block: "nearest", behavior: "instant" }});
+            const box = one.getBoundingClientRect();
+            await new Promise(requestAnimationFrame);
+            await new Promise(requestAnimationFrame);
+            const after = one.getBoundingClientRect();
+            const x = box.left + box.width / 2, y = box.top + box.height / 2;
+            const hit = document.elementFromPoint(x, y);
+            const moved = box.left != after.left || box.top != after.top;
+            return moved || !hit || !(one.contains(hit) || hit.contains(one)) ? null : [x, y];
+        }})()"""
+        x, y = await self.wait_for(place)
+        await self.point(x, y)
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    async def click_text(
+        self, text: str, selector: str = "a, button, [role=tab], [role=button], [role=menuitem]"
+    ) -> None:
+        """Presses the mouse on the first element that reads exactly so."""
+        found = f"[...document.querySelectorAll({json.dumps(selector)})].find((one) => one.innerText.trim() == "
+        await self.click(f"{found}{json.dumps(text)})")
+
+    async def type(self, text: str) -> None:
+        """Characters arrive where the focus is."""
+        await self.call("Input.insertText", text=text)
+
+    async def screenshot(self, path: Path, whole: bool = True) -> None:
+        """The page below the window's edge too, or only the window."""
+        answer = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     async def press(self, key: str) -> None:
         """A key goes down and up where the focus is."""
+        more = {"windowsVirtualKeyCode": 13, "text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
-            await self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+            await self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **more)
 
     async def point(self, x: float, y: float) -> None:
         """The mouse moves there, in CSS pixels of the window."""

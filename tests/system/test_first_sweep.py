@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import status_record
+from orchestrator.tracking_run import shown_name
 from qkmodel.configs import ModelConfig
 from qkmodel.dictionary import load_dictionary
 from qkmodel.errors import InputError
@@ -268,7 +269,7 @@ def test_mlflow_holds_a_parent_and_a_child_per_training(first: Snapshot) -> None
         params = study | training.hyperparameters
         assert run.data.params == {name: str(value) for name, value in params.items()}
         final = {name: value for name, value in training.metrics.items() if value is not None}
-        assert {name: run.data.metrics.get(name) for name in final} == final
+        assert {name: run.data.metrics.get(shown_name(name)) for name in final} == final
         before_the_end = list(range(REPORT_TOKENS, TOKENS, REPORT_TOKENS))
         assert found.steps[identifier] == {
             "loss": before_the_end,
