@@ -157,7 +157,10 @@ class Tracker:
         if notes.get("status", "RUNNING") == status:
             return
         if ended is not None:
-            client.set_terminated(self._parent, status)
+            # a sweep that is delivered late did not last until now
+            at = max(filter(None, (one.finished for one in self._ledger.trainings())), default=None)
+            is_over = ended == "FINISHED" and at is not None
+            client.set_terminated(self._parent, status, milliseconds(at) if is_over else None)
         else:
             client.update_run(self._parent, status)
         self._ledger.note_delivered(self._parent, "status", status)

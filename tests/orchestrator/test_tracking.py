@@ -236,6 +236,15 @@ def test_the_parent_says_whether_the_sweep_ended_or_was_interrupted(storage: Pat
     assert runs(storage)[0].info.status == "FINISHED"
 
 
+def test_a_sweep_that_is_delivered_late_ended_with_its_last_training(storage: Path, ledger: Ledger) -> None:
+    start(ledger, "one")
+    finish(ledger, "one", l0=4.0, kl=0.1)
+    time.sleep(0.1)
+    Tracker(None, storage, ledger).deliver("FINISHED")
+    parent, children = runs(storage)
+    assert parent.info.end_time == children["one"].info.end_time
+
+
 def test_more_reports_than_a_batch_holds_arrive_in_order(storage: Path, ledger: Ledger) -> None:
     start(ledger, "one")
     ledger.report("one", 500, {f"m{index:04d}": float(index) for index in range(2100)}, seconds=1.0)

@@ -18,7 +18,7 @@ _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0"),
 )
-_SECONDS = 120
+SECONDS = 120
 
 
 class Page:
@@ -35,7 +35,7 @@ class Page:
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         while True:
-            message = await self._socket.receive_json(timeout=_SECONDS)
+            message = await self._socket.receive_json(timeout=SECONDS)
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -77,7 +77,7 @@ class Page:
         await self.evaluate("window.dispatchEvent(new Event('beforeprint'))")
         await asyncio.sleep(1)
 
-    async def wait_for(self, condition: str, seconds: float = _SECONDS) -> Any:
+    async def wait_for(self, condition: str, seconds: float = SECONDS) -> Any:
         """The value of an expression as soon as it is true."""
         deadline = time.monotonic() + seconds
         while not (value := await self.evaluate(condition)):
@@ -91,8 +91,9 @@ class Page:
         return await self.evaluate("document.body.innerText")
 
     async def wait_for_text(self, *texts: str) -> None:
-        """Waits until a person can read all of them."""
-        await self.wait_for(f"{json.dumps(texts)}.every((one) => document.body.innerText.includes(one))")
+        """Waits until a person can read all of them; spaces of any kind and number are one."""
+        read = r"document.body.innerText.replace(/\s+/g, ' ')"
+        await self.wait_for(f"{json.dumps(texts)}.every((one) => {read}.includes(one))")
 
     async def click(self, element: str) -> None:
         """Presses the mouse on the element that a JavaScript expression answers, once it is there and lies still."""
@@ -148,7 +149,7 @@ async def browser_page(profile: Path) -> AsyncIterator[Page]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port_file = profile / "DevToolsActivePort"
-        async with asyncio.timeout(_SECONDS):
+        async with asyncio.timeout(SECONDS):
             while not (port_file.is_file() and port_file.read_text().strip()):
                 await asyncio.sleep(0.1)
         port = port_file.read_text().split()[0]

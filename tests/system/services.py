@@ -144,15 +144,7 @@ class MlflowServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + READY_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+        _wait_for_mlflow(self.url)
 
     def kill(self) -> None:
         kill_session(self._process)
@@ -162,6 +154,32 @@ class MlflowServer:
 
     def __exit__(self, *exception: object) -> None:
         self.kill()
+
+
+@contextlib.contextmanager
+def mlflow_ui(sweep: str, folder: Path) -> Iterator[str]:
+    """`orchestrate ui SWEEP` in a folder, and its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "orchestrator", "ui", sweep, "--port", str(port)]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True, **silent)
+    try:
+        _wait_for_mlflow(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        kill_session(process)
+
+
+def _wait_for_mlflow(address: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 class PostgresServer:
