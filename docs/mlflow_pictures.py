@@ -23,7 +23,8 @@ IMAGES = Path(__file__).parent / "images"
 LAYER = "tags.layer = '8'"
 FRONT = f"tags.pareto = 'true' and {LAYER}"
 EMPTY_COLUMNS = ("Dataset", "Source")
-COLUMNS = ("kl", "kl_recovered", "l0", "dictionary_size", "sparsity_coefficient")
+# the list shows what it is sorted by, l0, by itself
+COLUMNS = ("kl", "kl_recovered", "dictionary_size", "sparsity_coefficient")
 MODEL = "qk.smollm2-135m.L08"
 RULES = ("knee", "l0=24")
 
@@ -73,12 +74,13 @@ async def take(address: str, profile: Path) -> None:
 async def compare(pages: MlflowPages, album: Album) -> None:
     page = pages.page
     await pages.compare_all()
+    await pages.choose_metrics("l0", "kl_recovered")
     await album.add("parallel-coordinates", 760)
     await page.click_text("Scatter Plot")
     await pages.choose_axes(x="l0", y="kl")
     await album.add("scatter", 760)
     await page.click_text("Contour Plot")
-    await pages.choose_axes(x="sparsity_coefficient", y="dictionary_size", z="kl")
+    await pages.choose_axes(x="sparsity_coefficient", y="l0", z="kl")
     await album.add("contour", 760)
 
 
@@ -87,10 +89,10 @@ async def registry(pages: MlflowPages, album: Album) -> None:
     await pages.open_registry()
     await album.add("registry", 360)
     await pages.open_model(MODEL)
-    await album.add("versions", 620)
+    await album.add("versions", 840)
     await page.click_text("Version 1")
     await page.wait_for_text("Source Run")
-    await album.add("version", 620)
+    await album.add("version", 480)
 
 
 def main() -> None:

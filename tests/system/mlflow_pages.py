@@ -81,9 +81,21 @@ class MlflowPages:
     async def choose_axes(self, **names: str) -> None:
         """`x`, `y` and `z` of a chart of compared runs."""
         for axis, name in names.items():
-            await self.page.click(f"document.querySelector('#{axis}-axis-selector')")
+            selector = f"document.querySelector('#{axis}-axis-selector, #{axis}axis-selector')"
+            await self.page.click(selector)
             await self.page.click_text(name, "[role=option]")
-            await self.page.wait_for(f"document.querySelector('#{axis}-axis-selector').innerText == {json.dumps(name)}")
+            await self.page.wait_for(f"{selector}.innerText == {json.dumps(name)}")
+
+    async def choose_metrics(self, *names: str) -> None:
+        """Of the parallel coordinates, in place of the one that MLflow chose."""
+        field = "[...document.querySelectorAll('[class*=select-multiple]')].at(-1)"
+        await self.page.click(f"{field}.querySelector('[class*=item-remove]')")
+        for name in names:
+            await self.page.click(f"{field}.querySelector('input')")
+            await self.page.type(name)
+            await self.page.click(f"document.querySelector('[class*=select-item-option][title=\"{name}\"]')")
+        await self.page.evaluate("document.activeElement.blur()")
+        await self.page.wait_for("!document.querySelector('[class*=select-dropdown]:not([class*=hidden])')")
 
     async def compare_all(self) -> None:
         """All runs of the list beside each other."""
