@@ -22,7 +22,7 @@ def ledger(tmp_path: Path) -> Ledger:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.open_sweep("l1", {}, None, {})
     ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
-    shared = {"activation": "topk", "seed": 0}
+    shared = {"dictionary_size": 512, "activation": "topk", "seed": 0}
     for name, k, rate in (("one", 16, 1e-3), ("two", 8, 3e-2), ("lost", 4, 1e-3), ("waiting", 2, 1e-3)):
         ledger.add_training("study", name, shared | {"k": k, "learning_rate": rate}, 1000)
     for name, (kl, l0) in KL_L0.items():
