@@ -251,7 +251,7 @@ from orchestrator.ledger import Ledger
 ledger = Ledger(Path({str(tmp_path)!r}) / "ledger.sqlite")
 ledger.open_sweep("l1", {{}}, None, {{}})
 ledger.open_study("study", "transcoder", 8, {{}}, model="m", corpus="c")
-ledger.add_training("study", "one", {{}}, 10)
+ledger.add_training("study", "one", {{"dictionary_size": 8}}, 10)
 ledger.finish("one", {{"kl": 0.25}}, "d", "aa")
 os.kill(os.getpid(), signal.SIGKILL)
 """
