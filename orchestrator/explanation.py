@@ -42,7 +42,9 @@ def explain(
         )
     if not prompt.strip():
         raise InputError("--prompt: is empty; give some words")
-    model = load_language_model(config.model.config)
+    # who wrote a dictionary cannot allow what only a user can
+    harmless = config.model.config.model_copy(update={"trust_remote_code": False, "safetensors_only": True})
+    model = load_language_model(harmless)
     if model.description.weights_sha256 != config.model.weights_sha256:
         raise InputError(f"model {config.model.config.name}: is not the one that the dictionary was trained on")
     tokens = _tokens(model, config.corpus.bos or "", prompt)

@@ -19,6 +19,7 @@ from orchestrator.checkpoints import newest_checkpoint
 from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_decisions import read_decisions
 from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.tracking_run import shown_name
 from tests.orchestrator.rung_checks import assert_explained
 from tests.system.services import MlflowServer, RayCluster, kill_session
 
@@ -191,8 +192,8 @@ def assert_tracked(server: MlflowServer, trainings: list[Training]) -> None:
     for run in children:
         training = by_id[run.data.tags["qk.training_id"]]
         for name, value in training.metrics.items():
-            assert run.data.metrics.get(name) == value
-            history = client.get_metric_history(run.info.run_id, name)
+            assert run.data.metrics.get(shown_name(name)) == value
+            history = client.get_metric_history(run.info.run_id, shown_name(name))
             assert [point.step for point in history] == sorted({point.step for point in history})
 
 
