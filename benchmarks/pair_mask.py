@@ -96,7 +96,7 @@ def untrained_curves(bench: Bench, found: SalientPairs, kl: Callable[[PairSet], 
 
 
 def trained_points(
-    bench: Bench, candidates: PairSet, active: int, held_out: list[SequenceCodes], steps: int, pool: ThreadPoolExecutor
+    bench: Bench, candidates: PairSet, salient: int, held_out: list[SequenceCodes], steps: int, pool: ThreadPoolExecutor
 ) -> list[dict[str, object]]:
     points = []
     for settings in (
@@ -109,7 +109,7 @@ def trained_points(
         began = time.perf_counter()
         trainer = bench.train_mask(candidates, MaskHyperparameters(**settings), steps, pool)
         seconds = time.perf_counter() - began
-        metrics, _ = evaluate_mask(trainer.transcoder, bench.layer, held_out, trainer.kept, active, pool)
+        metrics, _ = evaluate_mask(trainer.transcoder, bench.layer, held_out, trainer.kept, salient, pool)
         points.append(settings | {"seconds": seconds, "steps": steps} | metrics)
         print({name: points[-1][name] for name in (*settings, "pairs_share", "kl_masked", "kl", "seconds")}, flush=True)
     return points
@@ -178,9 +178,12 @@ def speed(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, float]:
     apart = float((dense.mask.grad.flatten() - torch.from_numpy(ours.mask)).abs().max() / dense.mask.grad.abs().max())
     times: dict[str, list[float]] = {"dense": [], "candidates": [], "all_pairs": []}
     for _ in range(3):
+        # all threads for it too: it has no loop over heads that a pool could take
+        torch.set_num_threads(THREADS)
         began = time.perf_counter()
         dense.kl(x).backward()
         times["dense"].append(time.perf_counter() - began)
+        torch.set_num_threads(1)
         for name, pairs in (("candidates", found.pairs), ("all_pairs", everything)):
             began = time.perf_counter()
             codes = bench.codes("train", [0, 1])
@@ -220,7 +223,7 @@ def main() -> None:
                 bench, found, lambda pairs: mask_kl(bench.transcoder, bench.layer, held_out, pairs, pool)
             )
             candidates = found.first(int(CANDIDATE_SHARE * bench.layer.geometry.n_heads * FEATURES**2))
-            figures["trained"] = trained_points(bench, candidates, found.active, held_out, arguments.steps, pool)
+            figures["trained"] = trained_points(bench, candidates, found.salient, held_out, arguments.steps, pool)
         if arguments.only != "curve":
             figures["speed"] = speed(Bench(cache, 512, 100_000), pool)
     print(json.dumps(figures))

@@ -17,10 +17,12 @@ from qkmodel.kernels.machine_code import inlined, kernel
 
 
 @kernel
-def add_saliency(query, key, u, v, p, first_visible, first_feature, saliency):
-    """Adds ½·Var_p(contribution) of every pair, over all rows, to `saliency` [query features of a block, key features].
+def add_saliency(query, key, u, v, p, slope, first_visible, first_feature, saliency):
+    """Adds ½·Var_p(slope · contribution) of every pair, over all rows, to `saliency` [query features of a block, key
+    features].
 
-    The block begins with the query feature `first_feature` and has all that are active.
+    The block begins with the query feature `first_feature` and has all that are active. `slope` [context, context] is
+    that of the soft-cap; empty: 1.
     """
     (starts, features), (key_starts, positions) = query, key
     half, zero = u.dtype.type(0.5), u.dtype.type(0)
@@ -35,6 +37,8 @@ def add_saliency(query, key, u, v, p, first_visible, first_feature, saliency):
                         break
                     if j >= first_visible[i]:
                         contribution = _dot(u[a], v[b])
+                        if slope.size:
+                            contribution *= slope[i, j]
                         weighted = p[i, j] * contribution
                         mean += weighted
                         square += weighted * contribution

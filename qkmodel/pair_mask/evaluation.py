@@ -39,14 +39,14 @@ def evaluate_mask(
     layer: AttentionLayer,
     codes: Sequence[SequenceCodes],
     kept: PairSet,
-    active_pairs: int,
+    salient_pairs: int,
     pool: ThreadPoolExecutor,
 ) -> tuple[dict[str, float], PairShares]:
     """Metrics of a mask, and the shares of its pairs, on held-out sequences.
 
     `kl_masked`; `kl`, of all pairs, and `kl_no_pairs`, of the bias terms alone, of the same decoders;
     `mask_recovered` = (kl_no_pairs − kl_masked)/(kl_no_pairs − kl); `pairs_kept`, its share of all pairs and of the
-    `active_pairs` (those ever active together where they can see each other, on the calibration sequences);
+    `salient_pairs` of the calibration sequences, see `SalientPairs.salient`;
     `pairs_head_00`…; `unpaired_query` and `unpaired_key`, shares of features without a pair in any head;
     `pairs_for_90` of the kept, see `PairShares.pairs_for`, and `variance_share`, what of the heads' score variance the
     kept pairs make up, mean over heads.
@@ -65,7 +65,7 @@ def evaluate_mask(
         "mask_recovered": (without - masked) / (without - whole),
         "pairs_kept": float(len(kept)),
         "pairs_share": len(kept) / (heads * queries * keys),
-        "pairs_share_active": len(kept) / active_pairs,
+        "pairs_share_active": len(kept) / max(1, salient_pairs),
         "unpaired_query": 1 - float(paired) / queries,
         "unpaired_key": 1 - len(np.unique(kept.key_features)) / keys,
         "pairs_for_90": float(shares.pairs_for(VARIANCE_SHARE)),

@@ -16,8 +16,8 @@ Form = Literal["sqrt", "hard_concrete"]
 class SqrtMask(nn.Module):
     """Entries m in [0, 1] themselves, penalised by Σ (√(m + ε) − √ε), which pulls them to 0 or leaves them at 1.
 
-    The paper's penalty (Wynroe & Sharkey 2024), with an ε at which its slope at 0 is no more than ten times that at 1:
-    a pair that was pushed out can come back.
+    The paper's penalty (Wynroe & Sharkey 2024), with an ε at which its slope at 0 is twenty times that at 1, not
+    without bound: a pair that was pushed out can come back.
     """
 
     EPSILON = 2.5e-3
@@ -51,7 +51,7 @@ class HardConcreteMask(nn.Module):
     """
 
     BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-    # where an entry is 1 in nine of ten draws
+    # where an entry is 1 in eight of ten draws
     INITIAL = 3.0
 
     def __init__(self, pairs: int) -> None:

@@ -1,8 +1,9 @@
 """Which pairs matter: the second-order effect of taking each away from its scores.
 
 For a row with true pattern p, taking c[j] away from its scores changes KL(p ‖ p̂) by ½·Var_p(c) to second order where
-p̂ is close to p: softmax does not see what is constant along a row. Summed over the rows of a calibration set and
-divided by heads · rows, a pair's saliency is in nats of the layer's `kl`.
+p̂ is close to p: softmax does not see what is constant along a row. Behind a soft-cap c counts times its slope at the
+true score. Summed over the rows of a calibration set and divided by heads · rows, a pair's saliency is in nats of the
+layer's `kl`.
 """
 
 from collections.abc import Sequence
@@ -23,15 +24,20 @@ from qkmodel.transcoder import QKTranscoder
 
 # Sums are made for as many query features at a time as this holds, with all heads and key features.
 BLOCK_BYTES = 512 * 2**20
+SLICE = 2**20
 
 
 @dataclass(frozen=True)
 class SalientPairs:
-    """The pairs of largest saliency (nats), and how many pairs had any: were active where they can see each other."""
+    """The pairs of largest saliency (nats), and how many pairs had any at all.
+
+    That are those ever active together where they can see each other, less the few that moved nothing there: a row of
+    one key, a contribution that is the same on all of a row.
+    """
 
     pairs: PairSet
     saliency: Float32[np.ndarray, "pairs"]
-    active: int
+    salient: int
 
     def first(self, count: int) -> PairSet:
         """The `count` most salient."""
@@ -53,18 +59,18 @@ def salient_pairs(
     rows = sum(one.context for one in codes)
     block = min(queries, max(1, BLOCK_BYTES // (4 * heads * keys)))
     sums = np.empty((heads, block, keys), np.float32)
-    best, active = _Largest(most), 0
+    best, salient = _Largest(most), 0
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for first in range(0, queries, block):
             found = sums[:, : min(block, queries - first)]
             found[:] = 0
             for one in codes:
                 _add_saliency(transcoder, layer, one, first, found, pool)
-            active += np.count_nonzero(found)
+            salient += np.count_nonzero(found)
             for head in range(heads):
                 best.add((head * queries + first) * keys, found[head].ravel())
     numbers, saliency = best.take()
-    return SalientPairs(PairSet.from_numbers(numbers, shape), saliency / np.float32(rows * heads), active)
+    return SalientPairs(PairSet.from_numbers(numbers, shape), saliency / np.float32(rows * heads), salient)
 
 
 def _add_saliency(
@@ -81,7 +87,9 @@ def _add_saliency(
 
     def add(head: int, key_head: int) -> None:
         u, v = as_array(terms.u[head]), as_array(terms.v[key_head])
-        pair_mask_cpu.add_saliency(*codes.slots, u, v, as_array(p[head]), visible, first, sums[head])
+        pair_mask_cpu.add_saliency(
+            *codes.slots, u, v, as_array(p[head]), as_array(codes.soft_cap_slope[head]), visible, first, sums[head]
+        )
 
     each_head(layer, pool, add)
 
@@ -103,6 +111,11 @@ class _Largest:
         self._least = np.float32(0)
 
     def add(self, first_number: int, values: Float32[np.ndarray, "block"]) -> None:
+        # in slices, since places and order take many times the memory of what they are found in
+        for begin in range(0, len(values), SLICE):
+            self._add(first_number + begin, values[begin : begin + SLICE])
+
+    def _add(self, first_number: int, values: Float32[np.ndarray, "slice"]) -> None:
         (places,) = np.nonzero(values > self._least)
         self._numbers = np.concatenate([self._numbers, first_number + places])
         self._values = np.concatenate([self._values, values[places]])

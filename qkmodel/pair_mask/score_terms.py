@@ -47,11 +47,16 @@ def _int32(*numbers: Tensor) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class SequenceCodes:
-    """The active features of one sequence on both sides, and the log of its true pattern."""
+    """The active features of one sequence on both sides, and the log of its true pattern.
+
+    `soft_cap_slope` is how much a true score as softmax receives it moves with the one before the soft-cap; without
+    soft-cap it is empty.
+    """
 
     query: ActiveFeatures
     key: ActiveFeatures
     log_p: Float[Tensor, "n_heads context context"]
+    soft_cap_slope: Float[Tensor, "n_heads context context"] | Float[Tensor, "n_heads 0 0"]
 
     @property
     def context(self) -> int:
@@ -68,11 +73,25 @@ def sequence_codes(
     transcoder: QKTranscoder, layer: AttentionLayer, x: Float[Tensor, "sequences context d_model"]
 ) -> list[SequenceCodes]:
     """The codes of each sequence of a batch of attention inputs."""
-    log_p = layer.scores(*layer.project(x)).log_softmax(-1)
+    scores = layer.scores(*layer.project(x))
     return [
-        SequenceCodes(by_position(transcoder.query.encode(one)), by_feature(transcoder.key.encode(one)), true)
-        for one, true in zip(x, log_p, strict=True)
+        SequenceCodes(
+            by_position(transcoder.query.encode(one)),
+            by_feature(transcoder.key.encode(one)),
+            true.log_softmax(-1),
+            _soft_cap_slope(true, layer),
+        )
+        for one, true in zip(x, scores, strict=True)
     ]
+
+
+def _soft_cap_slope(
+    scores: Float[Tensor, "n_heads context context"], layer: AttentionLayer
+) -> Float[Tensor, "n_heads context context"] | Float[Tensor, "n_heads 0 0"]:
+    if layer.geometry.soft_cap is None:
+        return scores.new_empty(len(scores), 0, 0)
+    # the derivative of c·tanh(s/c) is 1 − tanh²(s/c)
+    return 1 - (scores.masked_fill(scores == float("-inf"), 0.0) / layer.geometry.soft_cap).square()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """How much of a head's scores each pair makes up.
 
 Row-centred scores under the true pattern are what softmax sees of them: a row's variance is Var_p(s), and a pair's part
-of it is Cov_p(contribution, s). Parts of all pairs and of the bias terms add up to the whole.
+of it is Cov_p(contribution, s). Parts of all pairs and of the bias terms add up to the
+whole. Scores are those before a soft-cap, where they are sums.
 """
 
 from collections.abc import Sequence
@@ -31,10 +32,13 @@ class PairShares:
     variance_share: Float64[np.ndarray, "pairs"]
 
     def pairs_for(self, share: float) -> int:
-        """How few of the pairs make up this share of what all of them explain (mean over heads, by their shares)."""
-        largest = np.sort(np.maximum(self.variance_share, 0))[::-1]
-        reached = np.cumsum(largest)
-        return int(np.searchsorted(reached, share * reached[-1]) + 1) if len(reached) and reached[-1] > 0 else 0
+        """How few of the pairs make up this share of what all of them together explain, mean over heads.
+
+        Pairs work against each other too: the largest shares can come to more than all do.
+        """
+        wanted = share * self.variance_share.sum()
+        reached = np.cumsum(np.sort(np.maximum(self.variance_share, 0))[::-1])
+        return int(np.searchsorted(reached, wanted) + 1) if wanted > 0 else 0
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from qkmodel.schema import Schema
 from qkmodel.transcoder import QKTranscoder
 
 KEPT_ABOVE = 0.5
-# Learning rates are constant for this share of a phase, then fall to 0.
+# Learning rates are constant for this share of the steps that they are used in, then fall to 0.
 CONSTANT_SHARE = 0.5
 
 
@@ -97,7 +97,7 @@ class MaskTrainer:
         _descend(self._mask_optimiser, self.hyperparameters.learning_rate * factor)
         self._mask.after_step()
         if self._decoder_optimiser is not None:
-            _descend(self._decoder_optimiser, self.hyperparameters.decoder_learning_rate)
+            self._descend_decoders()
         return found.kl
 
     def _noise(self) -> torch.Generator:
@@ -108,9 +108,12 @@ class MaskTrainer:
 
     def _step_of_decoders(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> float:
         found = mask_gradient(self.transcoder, self.layer, batch, self.kept, np.ones(len(self.kept), np.float32), pool)
-        factor = _rate((self.steps_done - self.mask_steps) / (self.steps - self.mask_steps))
-        _descend(self._decoder_optimiser, self.hyperparameters.decoder_learning_rate * factor)
+        self._descend_decoders()
         return found.kl
+
+    def _descend_decoders(self) -> None:
+        factor = _rate(self.steps_done / self.steps)
+        _descend(self._decoder_optimiser, self.hyperparameters.decoder_learning_rate * factor)
 
 
 def _rate(progress: float) -> float:

@@ -35,7 +35,7 @@ def test_shares_are_covariances_with_the_score(family):
     np.testing.assert_allclose(found.mean_contribution, (total / count.clamp(min=1)).flatten(), atol=1e-12)
 
 
-@pytest.mark.parametrize(("share", "pairs"), [(0.5, 1), (0.7, 2), (0.9, 2), (1.0, 3)])
+@pytest.mark.parametrize(("share", "pairs"), [(0.5, 1), (0.76, 1), (0.78, 2), (1.0, 2)])
 def test_the_fewest_pairs_that_explain_a_share_of_what_all_explain(share, pairs):
     shares = np.array([0.2, -0.1, 0.5, 0.05])
     assert PairShares(shares, shares, shares).pairs_for(share) == pairs

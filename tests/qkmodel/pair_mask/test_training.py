@@ -104,7 +104,7 @@ def test_sqrt_entries_stay_between_0_and_1_and_cost_about_one_each():
 def test_metrics_of_all_pairs_and_of_none(small, pool):
     transcoder, layer, codes = small
     everything = PairSet.all(transcoder, layer.geometry.n_heads)
-    active = salient_pairs(transcoder, layer, codes, 10_000).active
+    active = salient_pairs(transcoder, layer, codes, 10_000).salient
     metrics, shares = evaluate_mask(transcoder, layer, codes, everything, active, pool)
     assert metrics["kl_masked"] == pytest.approx(metrics["kl"], abs=1e-6)
     assert metrics["mask_recovered"] == pytest.approx(1, abs=1e-5)
