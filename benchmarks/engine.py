@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import batch_sequences, sequences_per_epoch
-from qkmodel.evaluation import evaluate, evaluate_cross_entropy
+from qkmodel.evaluation import evaluate, evaluate_cross_entropy, reconstructed_pattern
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.language_model import LanguageModel
 from qkmodel.pack import PackTrainer
@@ -113,14 +114,14 @@ def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[
 def cross_entropy_seconds(model: LanguageModel, pack: PackTrainer) -> float:
     """Seconds for patching each member's pattern into the model, on as many sequences as a sweep does by default."""
     parts: dict[str, float] = {}
-    transcoders = [member.transcoder for member in pack.members]
+    patterns = [partial(reconstructed_pattern, member.transcoder, pack.layer) for member in pack.members]
     zero = replace(pack.reference, ce_clean=0.0, ce_ablated=0.0)
     sequences = TrainingConfig(tokens=1).cross_entropy_sequences
     torch.set_num_threads(1)
     timed(
         parts,
         "cross-entropy",
-        lambda: evaluate_cross_entropy(transcoders, pack.layer, model, pack.cache, zero, sequences, pack.threads),
+        lambda: evaluate_cross_entropy(patterns, pack.layer, model, pack.cache, zero, sequences, pack.threads),
     )
     return parts["cross-entropy"]
 

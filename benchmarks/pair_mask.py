@@ -26,11 +26,12 @@ from qkmodel.configs import TrainingConfig
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer
 from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl
+from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
 from qkmodel.pair_mask.masked_scores import mask_gradient
 from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.saliency import SalientPairs, salient_pairs
 from qkmodel.pair_mask.score_terms import SequenceCodes, sequence_codes
-from qkmodel.pair_mask.training import MaskHyperparameters, MaskTrainer
+from qkmodel.pair_mask.training import MaskTrainer
 from qkmodel.reference import ensure_reference
 from qkmodel.transcoder import QKTranscoder
 
@@ -107,7 +108,7 @@ def trained_points(
         {"form": "sqrt", "pair_cost": 1e-6, "joint": True},
     ):
         began = time.perf_counter()
-        trainer = bench.train_mask(candidates, MaskHyperparameters(**settings), steps, pool)
+        trainer = bench.train_mask(candidates, MaskHyperparameters(dictionary="0" * 16, **settings), steps, pool)
         seconds = time.perf_counter() - began
         metrics, _ = evaluate_mask(trainer.transcoder, bench.layer, held_out, trainer.kept, salient, pool)
         points.append(settings | {"seconds": seconds, "steps": steps} | metrics)

@@ -17,6 +17,7 @@ from pydantic import (
 from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.composition import compose_sweep
 from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig, rung_steps
+from orchestrator.task_checks import check_task
 from orchestrator.validation import explain
 from qkmodel.configs import (
     ActivationsConfig,
@@ -30,6 +31,7 @@ from qkmodel.configs import (
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
 from qkmodel.schema import Schema
+from qkmodel.tasks import Task
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", re.ASCII)
 _TRACKING = re.compile(r"https?://[^\s/]+.*|(sqlite|postgresql|mysql|mssql)(\+\w+)?://.+", re.ASCII)
@@ -74,6 +76,24 @@ class ResourcesConfig(Schema):
     activations: ActivationResources = ActivationResources()
 
 
+class PairMaskConfig(Schema):
+    """Whose pairs are masked, for `task: pair_mask`, and which of them may be kept.
+
+    `dictionaries` are folders of dictionaries, registered ones (`models:/NAME@ALIAS`), or sweeps, by folder or by name
+    in `storage`, of which the fronts are taken. `candidates` is the share of all pairs that masks choose from, the most
+    salient ones on the first `calibration_sequences` of the training text.
+    """
+
+    dictionaries: tuple[Text, ...] = Field(min_length=1, examples=[["l1"]])
+    candidates: Number = Field(default=0.04, gt=0, le=1)
+    calibration_sequences: WholeNumber = Field(default=128, gt=0)
+
+    @field_validator("dictionaries", mode="before")
+    @classmethod
+    def _one_or_several(cls, dictionaries: object) -> object:
+        return (dictionaries,) if isinstance(dictionaries, str) else dictionaries
+
+
 class SweepConfig(Schema):
     """One sweep: which model, layers and text, what every training shares, and what they differ in.
 
@@ -82,13 +102,14 @@ class SweepConfig(Schema):
     """
 
     name: str = Field(examples=["l1"])
-    task: Literal["transcoder"] = "transcoder"
+    task: Task = "transcoder"
     model: Annotated[ModelConfig, BeforeValidator(_named)] = Field(examples=["smollm2-135m"])
     layers: tuple[Annotated[WholeNumber, Field(ge=0)], ...] = Field(min_length=1, examples=[[8]])
     corpus: Annotated[CorpusConfig, BeforeValidator(_named)] = Field(examples=["sotu"])
     seed: WholeNumber = Field(default=0, ge=0, lt=2**32)
     training: TrainingConfig = Field(examples=[{"tokens": 100_000}])
     search: SearchConfig = Field(examples=["topk"])
+    pair_mask: PairMaskConfig | None = None
     halving: HalvingSetting = "auto"
     pack: Literal["auto"] | int = "auto"
     resources: ResourcesConfig = ResourcesConfig()
@@ -187,6 +208,11 @@ class SweepConfig(Schema):
                 f"search.constraints.{unmeasured[0]}: is not measured with training.cross_entropy_sequences 0; "
                 "raise that, or leave the constraint out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _of_its_task(self) -> Self:
+        check_task(self)
         return self
 
     def public_dict(self) -> dict[str, Any]:

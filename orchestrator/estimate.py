@@ -40,22 +40,32 @@ class Estimate:
     cache: MissingWork
     streamed: bool
     cache_seconds: float
-    training_seconds: float
-    evaluation_seconds: float
+    training_seconds: float | None
+    evaluation_seconds: float | None
 
     @property
-    def seconds(self) -> float:
+    def seconds(self) -> float | None:
+        """None where trainings cannot be reckoned."""
+        if self.training_seconds is None:
+            return None
         return STARTUP_SECONDS + self.cache_seconds + self.training_seconds + self.evaluation_seconds
 
 
 def estimate(checked: CheckedPlan) -> Estimate:
-    """Measures for some ten seconds; loads the model unless nothing is left to do."""
+    """Measures for some ten seconds; loads the model unless nothing is left to do.
+
+    Of pair masks only the activation cache is reckoned: what a mask costs hangs on which features are active together.
+    """
     plan, config = checked.plan, checked.plan.config
     whole = request_bytes(checked.manifest, checked.request)
     if plan.trainings_left == 0:
         return Estimate(whole, MissingWork(0, 0), False, 0.0, 0.0, 0.0)
     missing = missing_work(checked.manifest, checked.request)
     streamed = checked.request.streamed_sequences > 0
+    if config.task == "pair_mask":
+        passes = missing.sequences / EVALUATION_BATCH / cache_threads(config)
+        seconds = passes * _forward_seconds(plan, checked.load_model())[0] if passes else 0.0
+        return Estimate(whole, missing, streamed, seconds, None, None)
     forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, checked.load_model())
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
     reports = -(-plan.tokens_per_training // (config.training.report_tokens or -(-config.training.tokens // 8))) - 1

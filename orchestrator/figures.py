@@ -1,7 +1,7 @@
 """The pictures people look at: KL recovered against sparsity, per study.
 
-Each front is shown twice, over the whole pattern and with the first column left out (`_no_bos`), because an
-attention sink that every dictionary gets right flatters the plain figure.
+Each front of transcoders is shown twice, over the whole pattern and with the first column left out (`_no_bos`); see
+`front_axes`.
 """
 
 import html
@@ -17,46 +17,33 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from plotly.subplots import make_subplots
 
+from orchestrator.front_axes import FrontAxes, Panel, axes_of
 from orchestrator.ledger import Training
-from orchestrator.pareto import MAX_L0_SHARE, MIN_KL_RECOVERED, MIN_L0, feasible, front, front_trainings
+from orchestrator.pareto import MIN_L0, feasible, front, front_trainings
 
 _COLOURS = "viridis"
 _GREY = "#b0b0b0"
 _RED = "#d62728"
 # family -> matplotlib marker, plotly symbol; families beyond these share the last
 _MARKERS = {"topk": ("o", "circle"), "relu-l1": ("^", "triangle-up"), "relu-sqrt": ("s", "square")}
+_MARKERS |= {"sqrt": ("o", "circle"), "hard_concrete": ("^", "triangle-up"), "sqrt-joint": ("s", "square")}
 _OTHER_MARKER = ("D", "diamond")
 _OUTSIDE_MARKER = ("x", "x-thin-open")
-_OUTSIDE = (
-    f"not feasible: KL recovered < {MIN_KL_RECOVERED:g}, l0 < {MIN_L0:g} or > {MAX_L0_SHARE:g} × size"
-    " (at the edge if beyond)"
-)
+_OUTSIDE = "outside"
+_HOVERED = {
+    "transcoder": ("kl", "kl_recovered", "kl_recovered_no_bos", "l0", "l0_query", "l0_key", "top1"),
+    "pair_mask": ("kl_masked", "kl_masked_recovered", "kl", "pairs_kept", "pairs_share", "variance_share"),
+}
 _FRONT = "on the front of the whole pattern"
-_LINE = "best at each l0, in this panel"
-_X_LABEL = "l0: active features per token, mean of query and key"
 _Y_LABEL = "KL recovered"
 _TOP = 1.02
-# of plotly
-L0_AXIS = {"type": "log", "title_text": _X_LABEL, "tickvals": [2**power for power in range(21)]}
-
-
-@dataclass(frozen=True)
-class _Panel:
-    title: str
-    kl: str
-    kl_recovered: str
-
-
-_PANELS = (
-    _Panel("whole pattern", "kl", "kl_recovered"),
-    _Panel("without the first column (attention sink)", "kl_no_bos", "kl_recovered_no_bos"),
-)
 
 
 def front_png(trainings: Sequence[Training], title: str) -> Figure:
     """The front of one study as a picture of 12 × 5.4 inches.
 
-    x: l0 (log); y: share of the baseline's KL recovered; colour: dictionary size; marker: activation family.
+    x: l0, or pairs (log); y: share of the baseline's KL recovered; colour: dictionary size, or what a pair costs;
+    marker: family.
     Raises ValueError for trainings of several studies.
     """
     figure = Figure(figsize=(12, 5.4), layout="constrained")
@@ -83,11 +70,14 @@ def front_html(trainings: Sequence[Training], title: str) -> go.Figure:
     """
     shown = _finished(trainings)
     frame = _Frame.around(shown)
-    figure = make_subplots(rows=1, cols=len(_PANELS), subplot_titles=[panel.title for panel in _PANELS])
-    for column, panel in enumerate(_PANELS, start=1):
+    figure = make_subplots(
+        rows=1, cols=len(frame.axes.panels), subplot_titles=[panel.title for panel in frame.axes.panels]
+    )
+    for column, panel in enumerate(frame.axes.panels, start=1):
         figure.add_traces(_panel_traces(shown, panel, frame), rows=1, cols=column)
     # the panels share their legend entries
-    figure.for_each_trace(lambda trace: trace.update(showlegend=False), col=2)
+    for column in range(2, len(frame.axes.panels) + 1):
+        figure.for_each_trace(lambda trace: trace.update(showlegend=False), col=column)
     figure.update_layout(title_text=f"{html.escape(title)}<br><sup>ringed: {_FRONT}</sup>")
     _frame_plotly(figure, frame, is_empty=not shown)
     return figure
@@ -100,23 +90,23 @@ def front_panels_html(trainings: Sequence[Training]) -> dict[str, go.Figure]:
     """
     shown = _finished(trainings)
     frame = _Frame.around(shown)
-    figures = {panel.title: go.Figure(_panel_traces(shown, panel, frame)) for panel in _PANELS}
+    figures = {panel.title: go.Figure(_panel_traces(shown, panel, frame)) for panel in frame.axes.panels}
     for figure in figures.values():
         _frame_plotly(figure, frame, is_empty=not shown)
     return figures
 
 
-def _panel_traces(shown: Sequence[Training], panel: _Panel, frame: "_Frame") -> list[go.Scatter]:
+def _panel_traces(shown: Sequence[Training], panel: Panel, frame: "_Frame") -> list[go.Scatter]:
     members = {training.training_id for training in front_trainings(shown)}
     traces = [_plotly_points(name, group, panel, frame, members) for name, group in _groups(shown).items()]
     xs, ys = _steps(shown, panel)
-    line = {"shape": "hv", "color": _RED, "width": 1.5}
-    steps = go.Scatter(x=xs, y=ys, mode="lines", line=line, name=_LINE, legendgroup=_LINE, hoverinfo="skip")
+    line, name = {"shape": "hv", "color": _RED, "width": 1.5}, frame.axes.line
+    steps = go.Scatter(x=xs, y=ys, mode="lines", line=line, name=name, legendgroup=name, hoverinfo="skip")
     return [*traces, steps]
 
 
 def _frame_plotly(figure: go.Figure, frame: "_Frame", is_empty: bool) -> None:
-    figure.update_xaxes(**L0_AXIS)
+    figure.update_xaxes(**frame.axes.plotly_axis)
     figure.update_yaxes(title_text=_Y_LABEL, range=[frame.bottom, _TOP])
     figure.update_layout(
         template="plotly_white",
@@ -124,9 +114,9 @@ def _frame_plotly(figure: go.Figure, frame: "_Frame", is_empty: bool) -> None:
         coloraxis={
             "colorscale": _COLOURS,
             "colorbar": {
-                "title": {"text": "dictionary size"},
-                "tickvals": [math.log2(size) for size in frame.sizes],
-                "ticktext": [f"{size:,}" for size in frame.sizes],
+                "title": {"text": frame.axes.colour_label},
+                "tickvals": [math.log2(value) for value in frame.colours],
+                "ticktext": [f"{value:,}" for value in frame.colours],
             },
         },
     )
@@ -139,30 +129,32 @@ class _Frame:
     """The part of the plane that is shown: where the feasible points are, or all where none is.
 
     One collapsed or diverged training would otherwise squeeze the front into a corner; what lies beyond the
-    left or lower edge is drawn at the edge. `sizes` are the extremes and the middle of the dictionary sizes.
+    left or lower edge is drawn at the edge. `colours` are the extremes and the middle of what colours stand for.
     """
 
+    axes: FrontAxes
     left: float
     bottom: float
-    sizes: tuple[int, ...]
+    colours: tuple[float, ...]
 
     @classmethod
     def around(cls, trainings: Sequence[Training]) -> "_Frame":
+        axes = axes_of(trainings)
         inside = [training for training in trainings if feasible(training)] or trainings
-        l0 = [training.metrics["l0"] for training in inside if training.metrics.get("l0")]
-        recovered = [training.metrics.get(panel.kl_recovered) for training in inside for panel in _PANELS]
+        sizes = [training.metrics[axes.size] for training in inside if training.metrics.get(axes.size)]
+        recovered = [training.metrics.get(panel.recovered) for training in inside for panel in axes.panels]
         lowest = max(min((value for value in recovered if value is not None), default=0.0), 0.0)
-        sizes = sorted({training.hyperparameters["dictionary_size"] for training in trainings})
-        if len(sizes) > 3:
-            sizes = [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
-        return cls(min(l0, default=MIN_L0) / 2, lowest - 0.08 * (_TOP - lowest), tuple(sizes))
+        colours = sorted({training.hyperparameters[axes.colour] for training in trainings})
+        if len(colours) > 3:
+            colours = [colours[0], colours[len(colours) // 2], colours[-1]]
+        return cls(axes, min(sizes, default=MIN_L0) / 2, lowest - 0.08 * (_TOP - lowest), tuple(colours))
 
-    def place(self, training: Training, panel: _Panel) -> tuple[float, float] | None:
-        """(l0, KL recovered) within the frame; None where either is undefined."""
-        l0, recovered = training.metrics.get("l0"), training.metrics.get(panel.kl_recovered)
-        if l0 is None or recovered is None:
+    def place(self, training: Training, panel: Panel) -> tuple[float, float] | None:
+        """(l0 or pairs, KL recovered) within the frame; None where either is undefined."""
+        size, recovered = training.metrics.get(self.axes.size), training.metrics.get(panel.recovered)
+        if size is None or recovered is None:
             return None
-        return max(l0, self.left), max(recovered, self.bottom)
+        return max(size, self.left), max(recovered, self.bottom)
 
 
 def _finished(trainings: Sequence[Training]) -> list[Training]:
@@ -181,43 +173,45 @@ def _markers(group: str) -> tuple[str, str]:
     return _OUTSIDE_MARKER if group == _OUTSIDE else _MARKERS.get(group, _OTHER_MARKER)
 
 
-def _steps(trainings: Sequence[Training], panel: _Panel) -> tuple[list[float], list[float]]:
-    """Corners of the best KL recovered that is to be had at each l0, among the feasible."""
+def _steps(trainings: Sequence[Training], panel: Panel) -> tuple[list[float], list[float]]:
+    """Corners of the best KL recovered that is to be had at each l0 (number of pairs), among the feasible."""
     points = [
-        (training.metrics["l0"], training.metrics[panel.kl], training.metrics[panel.kl_recovered])
+        (training.metrics[training.objectives.size], training.metrics[panel.kl], training.metrics[panel.recovered])
         for training in trainings
-        if feasible(training) and training.metrics.get(panel.kl_recovered) is not None
+        if feasible(training) and training.metrics.get(panel.recovered) is not None
     ]
-    corners = sorted({points[index] for index in front([(l0, kl) for l0, kl, _ in points])})
-    return [l0 for l0, _, _ in corners], [recovered for _, _, recovered in corners]
+    corners = sorted({points[index] for index in front([(size, kl) for size, kl, _ in points])})
+    return [size for size, _, _ in corners], [recovered for _, _, recovered in corners]
 
 
 def _draw_rows(figure: Figure, rows: Mapping[str, Sequence[Training]], title: str) -> None:
     shown = {name: _finished(trainings) for name, trainings in rows.items()}
     everything = [training for trainings in shown.values() for training in trainings]
     frame = _Frame.around(everything)
-    size_note = f" (dictionary size {frame.sizes[0]:,})" if len(frame.sizes) == 1 else ""
-    figure.suptitle(title + size_note)
-    grid = figure.subplots(len(rows), len(_PANELS), sharex=True, sharey=True, squeeze=False)
+    colour = frame.axes.colour_label
+    figure.suptitle(title + (f" ({colour} {frame.colours[0]:,})" if len(frame.colours) == 1 else ""))
+    grid = figure.subplots(len(rows), len(frame.axes.panels), sharex=True, sharey=True, squeeze=False)
     for axes_row, (name, trainings) in zip(grid, shown.items(), strict=True):
-        for panel, axes in zip(_PANELS, axes_row, strict=True):
+        for panel, axes in zip(frame.axes.panels, axes_row, strict=True):
             _draw(axes, trainings, panel, frame)
             axes.set_title(f"{name}: {panel.title}" if name else panel.title, fontsize=10)
     for axes in grid[:, 0]:
         axes.set_ylabel(_Y_LABEL)
     for axes in grid[-1]:
-        axes.set_xlabel(_X_LABEL)
+        axes.set_xlabel(frame.axes.size_label)
     if everything:
-        figure.legend(handles=_legend(list(_groups(everything))), loc="outside lower center", ncols=3, fontsize=9)
-    if len(frame.sizes) > 1:
-        mappable = ScalarMappable(LogNorm(frame.sizes[0], frame.sizes[-1]), _COLOURS)
-        bar = figure.colorbar(mappable, ax=grid, label="dictionary size", pad=0.02)
-        bar.ax.set_yticks(frame.sizes, [f"{size:,}" for size in frame.sizes])
+        figure.legend(
+            handles=_legend(list(_groups(everything)), frame.axes), loc="outside lower center", ncols=3, fontsize=9
+        )
+    if len(frame.colours) > 1:
+        mappable = ScalarMappable(LogNorm(frame.colours[0], frame.colours[-1]), _COLOURS)
+        bar = figure.colorbar(mappable, ax=grid, label=colour, pad=0.02)
+        bar.ax.set_yticks(frame.colours, [f"{value:,}" for value in frame.colours])
         bar.ax.minorticks_off()
 
 
-def _draw(axes: Axes, trainings: Sequence[Training], panel: _Panel, frame: _Frame) -> None:
-    norm = LogNorm(frame.sizes[0], frame.sizes[-1]) if len(frame.sizes) > 1 else None
+def _draw(axes: Axes, trainings: Sequence[Training], panel: Panel, frame: _Frame) -> None:
+    norm = LogNorm(frame.colours[0], frame.colours[-1]) if len(frame.colours) > 1 else None
     for name, group in _groups(trainings).items():
         placed = [(training, point) for training in group if (point := frame.place(training, panel))]
         if not placed:
@@ -226,7 +220,7 @@ def _draw(axes: Axes, trainings: Sequence[Training], panel: _Panel, frame: _Fram
             {"color": _GREY, "linewidths": 1.2}
             if name == _OUTSIDE
             else {
-                "c": [training.hyperparameters["dictionary_size"] for training, _ in placed],
+                "c": [training.hyperparameters[frame.axes.colour] for training, _ in placed],
                 "norm": norm,
                 "cmap": _COLOURS,
                 "edgecolors": "black",
@@ -248,7 +242,7 @@ def _draw(axes: Axes, trainings: Sequence[Training], panel: _Panel, frame: _Fram
     axes.grid(alpha=0.25)
 
 
-def _legend(groups: Sequence[str]) -> list[Line2D]:
+def _legend(groups: Sequence[str], axes: FrontAxes) -> list[Line2D]:
     """The outside's long entry comes last; colours are left to the colour bar."""
     common = {"linestyle": "none", "markersize": 7}
     entries = [
@@ -256,21 +250,21 @@ def _legend(groups: Sequence[str]) -> list[Line2D]:
         for name in groups
         if name != _OUTSIDE
     ]
-    entries.append(Line2D([], [], color=_RED, label=_LINE))
+    entries.append(Line2D([], [], color=_RED, label=axes.line))
     entries.append(Line2D([], [], marker="o", label=_FRONT, mfc="none", mec=_RED, linestyle="none", markersize=11))
     if _OUTSIDE in groups:
-        entries.append(Line2D([], [], marker=_OUTSIDE_MARKER[0], label=_OUTSIDE, mec=_GREY, **common))
+        entries.append(Line2D([], [], marker=_OUTSIDE_MARKER[0], label=axes.outside, mec=_GREY, **common))
     return entries
 
 
-def _plotly_points(name: str, group: Sequence[Training], panel: _Panel, frame: _Frame, members: set[str]) -> go.Scatter:
+def _plotly_points(name: str, group: Sequence[Training], panel: Panel, frame: _Frame, members: set[str]) -> go.Scatter:
     placed = [(training, point) for training in group if (point := frame.place(training, panel))]
     is_member = [training.training_id in members for training, _ in placed]
     colour = (
         {"color": _GREY}
         if name == _OUTSIDE
         else {
-            "color": [math.log2(training.hyperparameters["dictionary_size"]) for training, _ in placed],
+            "color": [math.log2(training.hyperparameters[frame.axes.colour]) for training, _ in placed],
             "coloraxis": "coloraxis",
         }
     )
@@ -282,7 +276,7 @@ def _plotly_points(name: str, group: Sequence[Training], panel: _Panel, frame: _
         x=[point[0] for _, point in placed],
         y=[point[1] for _, point in placed],
         mode="markers",
-        name=name,
+        name=frame.axes.outside if name == _OUTSIDE else name,
         legendgroup=name,
         marker={"symbol": _markers(name)[1], "size": 11, "line": ring, **colour},
         text=[hover_text(training) for training, _ in placed],
@@ -292,7 +286,7 @@ def _plotly_points(name: str, group: Sequence[Training], panel: _Panel, frame: _
 
 def hover_text(training: Training) -> str:
     """Label, id, hyperparameters and metrics, for plotly, which reads tags: escaped."""
-    shown = ("kl", "kl_recovered", "kl_recovered_no_bos", "l0", "l0_query", "l0_key", "top1")
+    shown = _HOVERED[training.task]
     metrics = {name: training.metrics[name] for name in shown if name in training.metrics}
     lines = [training.label, training.training_id]
     lines += [f"{name}: {value}" for name, value in training.hyperparameters.items() if value is not None]

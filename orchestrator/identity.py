@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.config import PairMaskConfig
 from orchestrator.search.space import canonical
 from qkmodel.configs import CorpusConfig, TrainingConfig
 
@@ -23,15 +24,17 @@ def study_identity(
     training: TrainingConfig,
     dtype: str,
     seed: int,
+    pair_mask: PairMaskConfig | None = None,
     attempt: int = 0,
 ) -> dict[str, Any]:
     """Everything but the hyperparameters that can change a training's result, as JSON-able values.
 
     Names and places of files are left out (their content's hash is in), and `training.report_tokens`, which
-    moves only when progress is reported. `bos` is the opening token that `corpus.bos` resolved to. An `attempt` after
+    moves only when progress is reported. Of `pair_mask` that is which pairs are candidates; whose pairs they are is a
+    hyperparameter. `bos` is the opening token that `corpus.bos` resolved to. An `attempt` after
     the first is part of it, so that nothing of the earlier ones counts.
     """
-    return {
+    identity = {
         "format": IDENTITY_FORMAT,
         "task": task,
         "weights_sha256": weights_sha256,
@@ -46,7 +49,10 @@ def study_identity(
         "training": training.model_dump(mode="json", exclude={"report_tokens"}),
         "dtype": dtype,
         "seed": seed,
-    } | ({"attempt": attempt} if attempt else {})
+    }
+    if pair_mask is not None:
+        identity["pair_mask"] = pair_mask.model_dump(mode="json", exclude={"dictionaries"})
+    return identity | ({"attempt": attempt} if attempt else {})
 
 
 def study_id(identity: Mapping[str, Any]) -> str:

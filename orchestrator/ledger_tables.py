@@ -19,10 +19,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from orchestrator.objectives import OBJECTIVES, Objectives
+from qkmodel.tasks import Task, task_of
+
 State = Literal["open", "running", "finished", "stopped", "failed"]
 STATES: tuple[State, ...] = ("open", "running", "finished", "stopped", "failed")
 # of metrics of single heads
-HEAD_PREFIX = "kl_head_"
+HEAD_PREFIXES = ("kl_head_", "pairs_head_")
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,18 @@ class Training:
     finished: datetime | None
 
     @property
+    def task(self) -> Task:
+        return task_of(self.hyperparameters)
+
+    @property
+    def objectives(self) -> Objectives:
+        return OBJECTIVES[self.task]
+
+    @property
     def family(self) -> str:
-        """Trainings whose l0 behaves alike: topk, relu-l1, relu-sqrt, …"""
+        """Trainings whose l0 behaves alike: topk, relu-l1, relu-sqrt, …; of masks: sqrt, sqrt-joint, …"""
+        if self.task == "pair_mask":
+            return f"{self.hyperparameters['form']}{'-joint' if self.hyperparameters['joint'] else ''}"
         parts = (self.hyperparameters.get("activation"), self.hyperparameters.get("penalty"))
         return "-".join(str(part) for part in parts if part is not None)
 
@@ -108,19 +121,29 @@ class Training:
     def label(self) -> str:
         """A name for people: `L08 topk16 d1024 lr3e-3 s0`, `L04 relu-l1 d512 λ1e-3 lr3e-3 s0`.
 
-        What the key side has of its own stands behind a slash: `L08 topk16/8 d1024/512 lr3e-3 s0`.
+        What the key side has of its own stands behind a slash: `L08 topk16/8 d1024/512 lr3e-3 s0`. A mask's:
+        `L08 sqrt-joint of 0123abcd cost2e-7 lr0.03 s0`.
         """
         values = {name: _short(value) for name, value in self.hyperparameters.items() if value is not None}
         for name in [name for name in values if name.startswith("key_")]:
             values[name.removeprefix("key_")] += f"/{values.pop(name)}"
         parts = [f"L{self.layer:02d}", f"{self.family}{values.get('k', '')}"]
+        if self.task == "pair_mask":
+            parts.append(f"of {values['dictionary'][:8]}")
         for symbol, name in _SYMBOLS.items():
             if name in values:
                 parts.append(f"{symbol}{values[name]}")
         return " ".join(parts)
 
 
-_SYMBOLS = {"d": "dictionary_size", "λ": "sparsity_coefficient", "l0=": "target_l0", "lr": "learning_rate", "s": "seed"}
+_SYMBOLS = {
+    "d": "dictionary_size",
+    "λ": "sparsity_coefficient",
+    "l0=": "target_l0",
+    "cost": "pair_cost",
+    "lr": "learning_rate",
+    "s": "seed",
+}
 
 
 def _short(value: Any) -> str:
@@ -295,7 +318,7 @@ class DeliveryRow(Table):
 
 def without_heads(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """Metrics without those of single heads."""
-    return {name: value for name, value in metrics.items() if not name.startswith(HEAD_PREFIX)}
+    return {name: value for name, value in metrics.items() if not name.startswith(HEAD_PREFIXES)}
 
 
 def finite_or_none(value: float | None) -> float | None:
@@ -334,7 +357,7 @@ def _checked(row: Row[Any]) -> RowMapping:
     is_sound = (
         row.state in STATES
         and isinstance(row.hyperparameters, dict)
-        and "dictionary_size" in row.hyperparameters
+        and not {"dictionary_size", "dictionary"}.isdisjoint(row.hyperparameters)
         and (row.state != "finished" or row.dictionary is not None)
     )
     if not is_sound:

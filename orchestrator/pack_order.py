@@ -7,8 +7,8 @@ from pydantic import Field
 
 from qkmodel.configs import TrainingConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
-from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.schema import Schema
+from qkmodel.tasks import Task, TaskHyperparameters
 
 # How the error of a training begins whose numbers ran away: trying it again would give the same.
 DIVERGED = "its numbers ran away"
@@ -18,8 +18,17 @@ class MemberOrder(Schema):
     """One training to start, or to continue from `checkpoint`."""
 
     training_id: str
-    hyperparameters: Hyperparameters
+    hyperparameters: TaskHyperparameters
     checkpoint: Path | None = None
+
+
+class SourceOrder(Schema):
+    """A dictionary whose pairs are masked: where it and its candidates lie, and on how much text these were found."""
+
+    folder: Path
+    sha256: str
+    candidates: Path
+    calibration_sequences: int
 
 
 class PackOrder(Schema):
@@ -27,12 +36,13 @@ class PackOrder(Schema):
 
     All members have done `steps_done` steps: 0 for new trainings, else what their checkpoints hold. The pack ends when
     they have done `last_step`, which is the training's last or that of a rung; where that is `steps_done` it only
-    reports. With `streamed` the cache holds no training activations, and the pack computes them from the model. `start`
-    is the number of the sweep's start that ordered it.
+    reports. `sources` are the dictionaries that pair masks name. With `streamed` the cache holds no training
+    activations, and the pack computes them from the model. `start` is the number of the sweep's start that ordered it.
     """
 
     start: int
     pack_id: str
+    task: Task
     members: tuple[MemberOrder, ...] = Field(min_length=1)
     steps_done: int = Field(ge=0)
     last_step: int = Field(ge=0)
@@ -42,6 +52,7 @@ class PackOrder(Schema):
     cache_folder: Path
     streamed: bool
     reference_file: Path
+    sources: dict[str, SourceOrder] = Field(default_factory=dict)
     model_identity: ModelIdentity
     corpus_identity: CorpusIdentity
     training: TrainingConfig

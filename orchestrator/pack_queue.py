@@ -19,7 +19,7 @@ from orchestrator.search.allocation import Allocation, Standing, in_turn
 from orchestrator.search.halving import Halving
 from orchestrator.search.study import Past, StudySearch
 from orchestrator.status import HypervolumesInTime
-from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.tasks import parse_hyperparameters
 
 MAX_FAILURES = 3
 _log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class PackQueue:
             members=tuple(
                 MemberOrder(
                     training_id=one.training.training_id,
-                    hyperparameters=Hyperparameters(**one.training.hyperparameters),
+                    hyperparameters=parse_hyperparameters(one.training.hyperparameters),
                     checkpoint=one.checkpoint,
                 )
                 for one in members

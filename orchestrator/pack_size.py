@@ -12,11 +12,12 @@ from pydantic import ByteSize
 from orchestrator.config import SweepConfig
 from orchestrator.plan_figures import packs_on_a_gpu
 from orchestrator.search.space import Alternative, extremes
+from orchestrator.source_dictionaries import SourceDictionary
 from qkmodel.attention import AttentionGeometry
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.model_description import ModelDescription
-from qkmodel.pack_memory import ModelUse, pack_bytes
+from qkmodel.pack_memory import ModelUse, masks_bytes, pack_bytes
 from qkmodel.products import forward_products
 
 # From here on what a pack shares is under a tenth of a step's cost (benchmarks/growth.py), and a larger pack would only
@@ -81,14 +82,37 @@ def automatic_pack_size(
     return size
 
 
-def check_memory(config: SweepConfig, model: ModelDescription, size: int, streamed: bool) -> None:
+def memory_of_masks(
+    config: SweepConfig, model: ModelDescription, sources: Sequence[SourceDictionary], size: int, streamed: bool
+) -> int:
+    """Bytes of a pack of `size` masks of the largest dictionary, and of the language model if it runs that."""
+    patched, products = config.training.patched_sequences > 0, forward_products(config.activations.dtype)
+    use = ModelUse(model, products, streamed, patched) if streamed or patched else None
+    geometry, batch = geometry_of(model), config.training.batch_sequences
+    return max(
+        masks_bytes(
+            [source.candidates(config.pair_mask.candidates)] * size,
+            source.config.hyperparameters,
+            geometry,
+            batch,
+            config.corpus.context,
+            use,
+        )
+        for source in sources
+    )
+
+
+def check_memory(config: SweepConfig, size: int, needed: int) -> None:
     """Refuses packs of which not even one fits: it would end in the middle of a training. Raises InputError."""
-    needed, available = memory_of_pack(config, model, size, streamed), device_memory(config)
+    available = device_memory(config)
     if needed > available:
-        key = "pack" if size > 1 else "search.space.dictionary_size"
+        smaller = "pair_mask.candidates" if config.task == "pair_mask" else "search.space.dictionary_size"
+        key = "pack" if size > 1 else smaller
         raise InputError(
             f"{key}: a pack of {size} takes about {_readable(needed)} of memory, and there are {_readable(available)}; "
-            "ask for " + ("fewer trainings in a pack, or " if size > 1 else "") + "smaller dictionaries or batches"
+            "ask for "
+            + ("fewer trainings in a pack, or " if size > 1 else "")
+            + ("fewer candidates" if config.task == "pair_mask" else "smaller dictionaries or batches")
         )
 
 

@@ -1,4 +1,7 @@
-"""Fronts, their knee, and hypervolume of (l0, kl) points; both coordinates are minimised."""
+"""Fronts, their knee, and hypervolume of (l0, kl) points; both coordinates are minimised.
+
+Of pair masks l0 is how many pairs are kept, and kl that of the masked pattern: see `objectives`.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,23 +33,28 @@ def front(points: Sequence[Point]) -> list[int]:
     return sorted(kept)
 
 
-def l0_cap(training: Training) -> float:
-    """The largest l0 that is still called sparse: a quarter of the dictionary, of both sides' mean size like l0."""
+def size_cap(training: Training) -> float:
+    """The largest l0 that is still called sparse: a quarter of the dictionary, of both sides' mean size like l0.
+
+    Masks choose from few candidates: any number of those is.
+    """
+    if training.task == "pair_mask":
+        return math.inf
     size = training.hyperparameters["dictionary_size"]
     return MAX_L0_SHARE * (size + (training.hyperparameters.get("key_dictionary_size") or size)) / 2
 
 
 def final_values(training: Training) -> tuple[float, float] | None:
     """(kl, l0) of a finished training; None where one of them is undefined."""
-    kl, l0 = training.metrics.get("kl"), training.metrics.get("l0")
-    return None if kl is None or l0 is None else (kl, l0)
+    kl, size = (training.metrics.get(name) for name in (training.objectives.kl, training.objectives.size))
+    return None if kl is None or size is None else (kl, size)
 
 
 def feasible(training: Training) -> bool:
     """Whether a finished training is inside the box in which fronts are drawn.
 
     kl_recovered ≥ 0.5 and 1 ≤ l0 ≤ dictionary_size / 4, and what the sweep file's constraints ask for. Without it a
-    collapsed dictionary (l0 → 0) would be on every front.
+    collapsed dictionary (l0 → 0) would be on every front. Of masks: kl_masked_recovered ≥ 0.5 and at least one pair.
     """
     return training.state == "finished" and within_box(training, training.metrics)
 
@@ -56,11 +64,12 @@ def within_box(training: Training, metrics: Mapping[str, float | None]) -> bool:
 
     A rung measures less than the end: constraints on what it does not measure are let pass.
     """
-    needed = [metrics.get(name) for name in ("kl", "l0", "kl_recovered")]
+    found = training.objectives
+    needed = [metrics.get(name) for name in (found.kl, found.size, found.recovered)]
     if any(value is None for value in needed):
         return False
-    _, l0, kl_recovered = needed
-    if kl_recovered < MIN_KL_RECOVERED or not MIN_L0 <= l0 <= l0_cap(training):
+    _, size, recovered = needed
+    if recovered < MIN_KL_RECOVERED or not MIN_L0 <= size <= size_cap(training):
         return False
     return all(_meets(metrics[name], *bounds) for name, bounds in training.constraints.items() if name in metrics)
 
@@ -79,9 +88,14 @@ def front_trainings(trainings: Sequence[Training]) -> list[Training]:
     if len({training.study_id for training in trainings}) > 1:
         raise ValueError("a front is of one study: KL of different layers is not comparable")
     candidates = [training for training in trainings if feasible(training)]
-    points = [(training.metrics["l0"], training.metrics["kl"]) for training in candidates]
+    points = [point_of(training) for training in candidates]
     members = [candidates[index] for index in front(points)]
-    return sorted(members, key=lambda training: (training.metrics["l0"], training.number))
+    return sorted(members, key=lambda training: (point_of(training)[0], training.number))
+
+
+def point_of(training: Training) -> Point:
+    """(l0, kl) of a training that has both."""
+    return training.metrics[training.objectives.size], training.metrics[training.objectives.kl]
 
 
 def knee(points: Sequence[Point]) -> int:

@@ -10,7 +10,7 @@ from orchestrator.identity import study_id, study_identity
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
-from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_pack
+from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_masks, memory_of_pack
 from orchestrator.plan_checks import (
     CACHE_FOLDER,
     check_cluster,
@@ -24,13 +24,13 @@ from orchestrator.plan_checks import (
 from orchestrator.plan_figures import (
     halving_of,
     packs_at_once,
-    sampler_of,
     steps_per_training,
     storage_folder,
     sweep_folder,
     tokens_per_training,
 )
 from orchestrator.search.halving import Halving
+from orchestrator.source_dictionaries import SourceDictionary, source_dictionaries
 from orchestrator.study_changes import change_lines
 from orchestrator.study_plan import StudyPlan, make_study_plan, share_budget
 from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
@@ -71,7 +71,8 @@ class SweepPlan:
 
     @property
     def sampler(self) -> str:
-        return sampler_of(self.config)
+        """By name; that of the first layer, should they differ in how many dictionaries there are."""
+        return self.studies[0].sampler
 
     @cached_property
     def halving(self) -> Halving | None:
@@ -143,6 +144,9 @@ class SweepPlan:
             search, layers = self.config.search, len(self.config.layers)
             most = search.trainings * (layers if search.layer_allocation == "by_progress" else 1)
             return min(self.config.pack, most)
+        if self.config.task == "pair_mask":
+            # what masks share on a batch is little beside what each costs
+            return 1
         per_layer = max((study.to_train for study in self.studies), default=1)
         adaptive = self.sampler not in ("grid", "random")
         return automatic_pack_size(
@@ -152,7 +156,14 @@ class SweepPlan:
     @property
     def pack_bytes(self) -> int:
         """Memory that a pack takes, by a model of its shapes."""
+        if self.config.task == "pair_mask":
+            return memory_of_masks(self.config, self.model, self.sources, self.pack_size, self.streamed)
         return memory_of_pack(self.config, self.model, self.pack_size, self.streamed)
+
+    @property
+    def sources(self) -> list[SourceDictionary]:
+        """The dictionaries whose pairs are masked, of all layers."""
+        return [source for study in self.studies for source in study.sources]
 
     @property
     def packs(self) -> int:
@@ -202,15 +213,18 @@ class SweepPlan:
         """What an activation cache that holds `manifest` has to hold when packs start.
 
         Everything; or, where that would take more than `activations.max_bytes`, what packs cannot do without that
-        compute their training activations themselves: all tokens, validation, and what means are taken over.
+        compute their training activations themselves: all tokens, validation, and what means are taken over or
+        candidates are found on.
         """
         layers = self.config.layers
         everything = CacheRequest(layers, self.sequences, self.sequences)
         fits = request_bytes(manifest, everything) <= self.config.activations.max_bytes
         if fits or missing_work(manifest, everything).bytes == 0:
             return everything
-        means = min(MEAN_SEQUENCES, self.train_sequences)
-        return CacheRequest(layers, self.sequences, {"train": means, "validation": self.validation_sequences})
+        masks = self.config.pair_mask
+        needed = max(MEAN_SEQUENCES, masks.calibration_sequences if masks is not None else 0)
+        kept = min(needed, self.train_sequences)
+        return CacheRequest(layers, self.sequences, {"train": kept, "validation": self.validation_sequences})
 
     @property
     def sequences_in_shards(self) -> tuple[int, int]:
@@ -240,6 +254,7 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
     bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))
     if bos == AUTO:
         bos = measured_bos
+    sources = source_dictionaries(config, model, storage_folder(config) / CACHE_FOLDER)
     studies = []
     for layer in config.layers:
         identity = study_identity(
@@ -253,11 +268,12 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
             training=config.training,
             dtype=config.activations.dtype,
             seed=config.seed,
+            pair_mask=config.pair_mask,
             attempt=attempt,
         )
         identifier = study_id(identity)
         trainings = ledger.trainings(identifier) if ledger is not None else []
-        studies.append(make_study_plan(config, identifier, layer, identity, trainings))
+        studies.append(make_study_plan(config, identifier, layer, identity, trainings, sources[layer]))
     if config.search.layer_allocation == "by_progress":
         studies = share_budget(config, studies)
     tokens_spent, changes = 0, []
@@ -267,7 +283,7 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
         ledger.close()
     plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes)
     if plan.trainings_left:
-        check_memory(config, model, plan.pack_size, plan.streamed)
+        check_memory(config, plan.pack_size, plan.pack_bytes)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
         # a sweep whose text is cached does without the hub
         require_corpus(config.corpus)

@@ -1,18 +1,20 @@
 """What a sweep file comes to: places, sizes of trainings, sampler, halving."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.config import PackResources, SweepConfig
 from orchestrator.search.config import resolve_halving
 from orchestrator.search.halving import Halving
 from orchestrator.search.samplers import resolve_auto
+from orchestrator.search.space import Alternative
 
 
-def sampler_of(config: SweepConfig) -> str:
-    """The sampler by name, `auto` resolved."""
+def sampler_for(config: SweepConfig, space: Sequence[Alternative]) -> str:
+    """The sampler by name, `auto` resolved for a study's space."""
     search = config.search
-    return resolve_auto(search.space, search.trainings) if search.sampler == "auto" else search.sampler
+    return resolve_auto(space, search.trainings) if search.sampler == "auto" else search.sampler
 
 
 def tokens_per_step(config: SweepConfig) -> int:
@@ -29,9 +31,15 @@ def tokens_per_training(config: SweepConfig) -> int:
 
 
 def halving_of(config: SweepConfig) -> Halving | None:
-    """Where trainings may be stopped early; None where all are trained to their end."""
+    """Where trainings may be stopped early; None where all are trained to their end.
+
+    Masks are: one keeps few pairs only at its end.
+    """
+    if config.task == "pair_mask":
+        return None
     trainings, steps = config.search.trainings, steps_per_training(config)
-    return resolve_halving(config.halving, sampler_of(config), trainings, steps, tokens_per_step(config))
+    sampler = sampler_for(config, config.search.space)
+    return resolve_halving(config.halving, sampler, trainings, steps, tokens_per_step(config))
 
 
 def packs_at_once(cpus: float, gpus: float, pack: PackResources) -> int:

@@ -44,6 +44,12 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
         return [*lines, "nothing left to do"]
     if plan.halving is not None:
         lines.append(_halving_line(plan))
+    if estimate.seconds is None:
+        return [
+            *lines,
+            *_budget_lines(plan),
+            f"estimated for caching {duration(estimate.cache_seconds)}; masks show their speed once they train",
+        ]
     return [
         *lines,
         *_budget_lines(plan),

@@ -1,12 +1,19 @@
-"""What must be on disk before the first pack: the activation cache and the layers' references."""
+"""What must be on disk before the first pack: the activation cache, the layers' references, and masks' candidates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.late_checks import CheckedPlan
+from orchestrator.late_checks import CheckedPlan, cache_threads
+from orchestrator.pack_order import SourceOrder
+from orchestrator.plan import SweepPlan
+from orchestrator.source_dictionaries import SourceDictionary
+from orchestrator.tables import counted
 from qkmodel.activation_build import BuildProgress, build_activation_cache
 from qkmodel.activations import ActivationCache
+from qkmodel.dictionary import find_loss, load_dictionary, save_dictionary
+from qkmodel.errors import InputError
+from qkmodel.pair_mask.candidates import candidates_path, find_candidates, read_candidates
 from qkmodel.reference import LayerReference, ensure_reference, reference_path
 
 
@@ -14,13 +21,15 @@ from qkmodel.reference import LayerReference, ensure_reference, reference_path
 class Preparation:
     """Paths and figures that packs are ordered with; `references` by layer.
 
-    With `streamed` packs compute their training activations themselves.
+    With `streamed` packs compute their training activations themselves. `sources` are the dictionaries whose pairs are
+    masked, by name.
     """
 
     cache: ActivationCache
     streamed: bool
     references: dict[int, LayerReference]
     reference_files: dict[int, Path]
+    sources: dict[str, SourceOrder]
 
 
 def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable[[BuildProgress], None]) -> Preparation:
@@ -50,4 +59,45 @@ def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable
             say(f"layer {layer}: measuring its baselines")
         _, references[layer] = ensure_reference(activations, layer, training, checked.load_model)
     files = {layer: reference_path(activations, layer, training) for layer in plan.config.layers}
-    return Preparation(activations, request.streamed_sequences > 0, references, files)
+    sources = {source.name: _source(plan, source, activations, say) for source in plan.sources}
+    return Preparation(activations, request.streamed_sequences > 0, references, files, sources)
+
+
+def _source(
+    plan: SweepPlan, source: SourceDictionary, cache: ActivationCache, say: Callable[[str], None]
+) -> SourceOrder:
+    """A dictionary and its candidates on disk; what is there from before is kept."""
+    masks = plan.config.pair_mask
+    if source.fetched is not None and find_loss(source.folder, source.sha256) is not None:
+        one = source.fetched
+        save_dictionary(source.folder, one.transcoder, one.attention, one.config)
+    most = source.candidates(masks.candidates)
+    path = candidates_path(cache.folder / "candidates", source.sha256, masks.calibration_sequences, most)
+    if not _is_whole(path):
+        say(f"dictionary {source.name}: looking for the {counted(most, 'pair')} that matter most")
+        dictionary = load_dictionary(source.folder, source.sha256)
+        find_candidates(
+            path,
+            source.sha256,
+            dictionary.transcoder,
+            dictionary.attention,
+            cache,
+            masks.calibration_sequences,
+            most,
+            cache_threads(plan.config),
+        )
+    return SourceOrder(
+        folder=source.folder,
+        sha256=source.sha256,
+        candidates=path,
+        calibration_sequences=masks.calibration_sequences,
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_candidates(path)
+    except (FileNotFoundError, InputError):
+        # a damaged one is made again
+        return False
+    return True

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import STATES, State, Study, Training
-from orchestrator.pareto import front_trainings, hypervolume
+from orchestrator.pareto import front_trainings, hypervolume, point_of
 from orchestrator.study_names import study_titles
 from orchestrator.tracking_notes import owed
 
@@ -21,6 +21,21 @@ FRONT_METRICS = (
     "l0",
     "top1",
     "max_error",
+    "ce_recovered",
+)
+MASK_METRICS = (
+    "kl_masked",
+    "kl_masked_recovered",
+    "kl",
+    "kl_no_pairs",
+    "mask_recovered",
+    "pairs_kept",
+    "pairs_share",
+    "pairs_share_active",
+    "pairs_for_90",
+    "variance_share",
+    "unpaired_query",
+    "unpaired_key",
     "ce_recovered",
 )
 
@@ -75,8 +90,8 @@ def _study_status(ledger: Ledger, study: Study, title: str) -> StudyStatus:
 def _area(study: Study, front: list[Training]) -> float:
     if not front:
         return 0.0
-    points = [(one.metrics["l0"], one.metrics["kl"]) for one in front]
-    return hypervolume(points, (study.reference["l0_cap"], study.reference["kl_baseline"]))
+    cap = study.reference[front[0].objectives.cap]
+    return hypervolume([point_of(one) for one in front], (cap, study.reference["kl_baseline"]))
 
 
 class HypervolumesInTime:
@@ -178,9 +193,10 @@ def fronts_record(ledger: Ledger) -> dict[str, Any]:
 
 def front_member(ledger: Ledger, training: Training) -> dict[str, Any]:
     """One training of a front: identity, metrics, hyperparameters and where its dictionary lies."""
+    shown = MASK_METRICS if training.task == "pair_mask" else FRONT_METRICS
     return {
         "training_id": training.training_id,
-        **{name: training.metrics.get(name) for name in FRONT_METRICS},
+        **{name: training.metrics.get(name) for name in shown},
         "dictionary": str(ledger.folder / training.dictionary) if training.dictionary else None,
         "dictionary_sha256": training.dictionary_sha256,
         "hyperparameters": training.hyperparameters,

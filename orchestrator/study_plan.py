@@ -9,10 +9,12 @@ from orchestrator.config import SweepConfig
 from orchestrator.identity import training_id
 from orchestrator.ledger import Training
 from orchestrator.pack_order import DIVERGED
-from orchestrator.plan_figures import halving_of, sampler_of, sweep_folder, tokens_per_training
-from orchestrator.search.space import canonical, contains, enumerate_space, grid
+from orchestrator.plan_figures import halving_of, sampler_for, sweep_folder, tokens_per_training
+from orchestrator.search.space import Alternative, canonical, contains, enumerate_space, grid, grid_size
+from orchestrator.source_dictionaries import SourceDictionary
 from orchestrator.warm_start import front_of_earlier_sweep
 from qkmodel.dictionary import find_loss
+from qkmodel.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class StudyPlan:
     that are finished without a dictionary: those are `lost`, training id -> what is gone. `diverged` counts those whose
     numbers ran away, which are not tried again, `stopped` those that halving stopped, `new` those that the search is
     still to propose, `first` being what it tries first. `tokens_planned` are the tokens of all these, and those that
-    trainings outside the file's present space have seen.
+    trainings outside the file's present space have seen. `space` is the file's, with the `sources` whose pairs are
+    masked among its choices; `sampler` as `auto` was resolved for it.
     """
 
     study_id: str
@@ -37,6 +40,9 @@ class StudyPlan:
     lost: dict[str, str]
     new: int
     tokens_planned: int
+    space: tuple[Alternative, ...]
+    sampler: str
+    sources: tuple[SourceDictionary, ...] = ()
 
     @property
     def to_train(self) -> int:
@@ -44,10 +50,19 @@ class StudyPlan:
 
 
 def make_study_plan(
-    config: SweepConfig, identifier: str, layer: int, identity: dict, trainings: Sequence[Training]
+    config: SweepConfig,
+    identifier: str,
+    layer: int,
+    identity: dict,
+    trainings: Sequence[Training],
+    sources: tuple[SourceDictionary, ...] = (),
 ) -> StudyPlan:
-    """What the file asks for in one study, given the `trainings` that its ledger holds of it."""
-    space = config.search.space
+    """What the file asks for in one study, given the `trainings` that its ledger holds of it.
+
+    Raises InputError for a grid that these many dictionaries make larger than the budget.
+    """
+    space = _space_with(config, sources)
+    sampler = sampler_for(config, space)
     inside = [
         one for one in trainings if any(contains(alternative, canonical(one.hyperparameters)) for alternative in space)
     ]
@@ -55,7 +70,7 @@ def make_study_plan(
     points, budget = enumerate_space(space), config.search.trainings * shared
     possible = budget if points is None else sum(1 for _ in islice(points, budget))
     new = max(0, possible - len(inside))
-    if sampler_of(config) == "grid":
+    if sampler == "grid":
         wanted = {training_id(identifier, point) for point in grid(space)}
         inside = [one for one in inside if one.training_id in wanted]
         new = len(wanted) - len(inside)
@@ -86,7 +101,26 @@ def make_study_plan(
         lost=lost,
         new=new,
         tokens_planned=tokens_planned,
+        space=space,
+        sampler=sampler,
+        sources=sources,
     )
+
+
+def _space_with(config: SweepConfig, sources: Sequence[SourceDictionary]) -> tuple[Alternative, ...]:
+    """The file's space; of pair masks, with the dictionaries to choose from."""
+    if not sources:
+        return config.search.space
+    # not in the order of a front, which may change
+    names = sorted(source.name for source in sources)
+    space = tuple({"dictionary": names, **alternative} for alternative in config.search.space)
+    size, trainings = grid_size(space) if config.search.sampler == "grid" else 0, config.search.trainings
+    if size > trainings:
+        raise InputError(
+            f"search.space: with {len(names)} dictionaries the grid has {size} points but search.trainings is "
+            f"{trainings}: raise it to {size} or take points or dictionaries away"
+        )
+    return space
 
 
 def share_budget(config: SweepConfig, studies: Sequence[StudyPlan]) -> list[StudyPlan]:

@@ -192,12 +192,16 @@ def _record_references(plan: SweepPlan, prepared: Preparation, ledger: Ledger) -
 
 
 def _reference_figures(plan: SweepPlan, prepared: Preparation, layer: int) -> dict[str, float | None]:
-    """The layer's reference, and the l0 of the hypervolume's reference point.
+    """The layer's reference, and the l0 (of masks: the pairs kept) of the hypervolume's reference point.
 
     Recorded once per study: hypervolumes under different reference points could not be compared.
     """
+    figures = prepared.references[layer].figures()
+    if plan.config.task == "pair_mask":
+        sources = [source for source in plan.sources if source.layer == layer]
+        return figures | {"pairs_cap": max(one.candidates(plan.config.pair_mask.candidates) for one in sources)}
     largest = max(max(extremes("dictionary_size", space["dictionary_size"])) for space in plan.config.search.space)
-    return prepared.references[layer].figures() | {"l0_cap": MAX_L0_SHARE * largest}
+    return figures | {"l0_cap": MAX_L0_SHARE * largest}
 
 
 def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger: Ledger, start: int) -> StudyWork:
@@ -205,8 +209,8 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
     unfinished = {training.training_id for training in study.unfinished}
     shared = len(plan.studies) if config.search.layer_allocation == "by_progress" else 1
     search = StudySearch(
-        config.search.space,
-        plan.sampler,
+        study.space,
+        study.sampler,
         config.search.trainings * shared,
         config.seed,
         history(ledger, study.study_id, unfinished),
@@ -214,6 +218,7 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
     )
     template = partial(
         PackOrder,
+        task=config.task,
         start=start,
         device=plan.device,
         threads=max(1, int(config.resources.pack.cpu)),
@@ -221,6 +226,7 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         cache_folder=prepared.cache.folder,
         streamed=prepared.streamed,
         reference_file=prepared.reference_files[study.layer],
+        sources={source.name: prepared.sources[source.name] for source in study.sources},
         model_identity=ModelIdentity(
             config=config.model,
             weights_sha256=plan.model.weights_sha256,

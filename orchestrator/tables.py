@@ -8,6 +8,31 @@ from rich.text import Text
 from orchestrator.ledger_tables import STATES, Training
 from orchestrator.status import StudyStatus
 
+# task -> column, metric, form
+_COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "transcoder": (
+        ("l0", "l0", ".1f"),
+        ("KL", "kl", ".4f"),
+        ("recovered", "kl_recovered", ".1%"),
+        ("no BOS", "kl_recovered_no_bos", ".1%"),
+        ("top1", "top1", ".1%"),
+        ("CE rec.", "ce_recovered", ".1%"),
+    ),
+    "pair_mask": (
+        ("pairs", "pairs_kept", ",.0f"),
+        ("of all", "pairs_share", ".2%"),
+        ("KL", "kl_masked", ".4f"),
+        ("recovered", "kl_masked_recovered", ".1%"),
+        ("all pairs", "kl", ".4f"),
+        ("no pairs", "kl_no_pairs", ".4f"),
+        ("CE rec.", "ce_recovered", ".1%"),
+    ),
+}
+_BOXES = {
+    "transcoder": "kl_recovered ≥ 0.5, 1 ≤ l0 ≤ dictionary_size/4",
+    "pair_mask": "kl_masked_recovered ≥ 0.5, a pair at least",
+}
+
 
 def front_table(status: StudyStatus) -> RenderableType:
     """One study's front, best KL last."""
@@ -16,9 +41,9 @@ def front_table(status: StudyStatus) -> RenderableType:
     if baseline is not None:
         title += f" (baseline KL {baseline:.3f} nats, hypervolume {status.hypervolume:.2f})"
     if not status.front:
-        return Text(f"{title}: nothing inside the feasible box (kl_recovered ≥ 0.5, 1 ≤ l0 ≤ dictionary_size/4) yet")
+        return Text(f"{title}: nothing inside the feasible box ({_BOXES[status.study.task]}) yet")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("l0", "KL", "recovered", "no BOS", "top1", "CE rec.", "training"):
+    for column in (*(name for name, _, _ in _COLUMNS[status.study.task]), "training"):
         table.add_column(column, justify="left" if column == "training" else "right", no_wrap=True)
     for training in status.front:
         table.add_row(*_front_cells(training))
@@ -26,19 +51,8 @@ def front_table(status: StudyStatus) -> RenderableType:
 
 
 def _front_cells(training: Training) -> list[str]:
-    def figure(name: str, form: str) -> str:
-        value = training.metrics.get(name)
-        return "–" if value is None else format(value, form)
-
-    return [
-        figure("l0", ".1f"),
-        figure("kl", ".4f"),
-        figure("kl_recovered", ".1%"),
-        figure("kl_recovered_no_bos", ".1%"),
-        figure("top1", ".1%"),
-        figure("ce_recovered", ".1%"),
-        training.label,
-    ]
+    values = [(training.metrics.get(name), form) for _, name, form in _COLUMNS[training.task]]
+    return [*("–" if value is None else format(value, form) for value, form in values), training.label]
 
 
 def state_table(statuses: list[StudyStatus]) -> Table:

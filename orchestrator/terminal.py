@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from orchestrator.ledger import Ledger
+from orchestrator.pareto import point_of
 from orchestrator.plan import SweepPlan
 from orchestrator.status import StudyStatus, study_statuses
 from orchestrator.tables import counted, duration, state_table
@@ -83,12 +84,11 @@ class LiveProgress:
 def _best_line(status: StudyStatus) -> str:
     if not status.front:
         return ""
-    best = min(status.front, key=lambda training: training.metrics["kl"])
-    metrics = best.metrics
-    return (
-        f"{status.title}: lowest KL {metrics['kl']:.4f} ({metrics['kl_recovered']:.1%} recovered) "
-        f"at l0 {metrics['l0']:.1f}, {best.label}"
-    )
+    best = min(status.front, key=lambda training: point_of(training)[1])
+    size, kl = point_of(best)
+    recovered = best.metrics[best.objectives.recovered]
+    at = f"with {size:,.0f} pairs" if best.task == "pair_mask" else f"at l0 {size:.1f}"
+    return f"{status.title}: lowest KL {kl:.4f} ({recovered:.1%} recovered) {at}, {best.label}"
 
 
 class TerminalView:

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import HEAD_PREFIX, Study, Training
+from orchestrator.ledger_tables import HEAD_PREFIXES, Study, Training
 from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, status_mark
 
 # MLflow's own limits for one batch
@@ -138,7 +138,7 @@ def find_or_create_experiment(client: MlflowClient, sweep: str, artifact_root: s
 
 def shown_name(metric: str) -> str:
     """What a metric is called in MLflow, whose pages show names with the same first part as a section of their own."""
-    return f"heads/{metric}" if metric.startswith(HEAD_PREFIX) else metric
+    return f"heads/{metric}" if metric.startswith(HEAD_PREFIXES) else metric
 
 
 def milliseconds(time: datetime) -> int:

@@ -13,27 +13,23 @@ import torch
 from ray import tune
 
 from orchestrator.checkpoints import checkpoint_path, drop_older
+from orchestrator.objectives import OBJECTIVES
 from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, dictionary_path
+from orchestrator.packs.inputs import Pack, PackInputs
+from orchestrator.packs.pair_mask import MaskPack
+from orchestrator.packs.transcoder import TranscoderPack
 from orchestrator.permit import Permit, permit
-from orchestrator.versions import git_sha, package_versions
 from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
-from qkmodel.dictionary import DictionaryConfig, save_dictionary
 from qkmodel.errors import InputError
-from qkmodel.evaluation import evaluate, evaluate_cross_entropy
-from qkmodel.member import Member
-from qkmodel.pack import PackTrainer, load_checkpoint, save_checkpoint
+from qkmodel.pack import Checkpointed, load_checkpoint, save_checkpoint
 from qkmodel.reference import load_reference
-from qkmodel.transcoder import QKTranscoder
 
 if TYPE_CHECKING:
     from qkmodel.language_model import LanguageModel
 
-# Validation sequences behind the progress figures; the final figures use all of them.
-BRIEF_SEQUENCES = 8
 # A kl this many times that of the mean pattern is no reconstruction any more, and no training comes back from it.
 RUNAWAY_KL = 100
-PROGRESS_METRICS = ("kl", "kl_recovered", "l0")
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +48,7 @@ class PackTrainable(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._order = PackOrder.model_validate_json(new_config["order"])
-        self._trainer: PackTrainer | None = None
+        self._pack: Pack | None = None
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
@@ -65,17 +61,13 @@ class PackTrainable(tune.Trainable):
         order = self._order
         # threads take different members, so that no result depends on how many there are
         torch.set_num_threads(1)
-        self._cache = ActivationCache.open(order.cache_folder)
-        self._layer, self._reference = load_reference(order.reference_file, order.device)
-        self._trainer = PackTrainer(
-            [member.hyperparameters for member in order.members],
-            self._layer,
-            StreamedActivations(self._cache, self._loaded_model()) if order.streamed else self._cache,
-            self._reference,
-            order.training,
-            order.seed,
-            order.threads if order.device == "cpu" else 1,
-        )
+        cache = ActivationCache.open(order.cache_folder)
+        layer, reference = load_reference(order.reference_file, order.device)
+        training = StreamedActivations(cache, self._loaded_model()) if order.streamed else cache
+        found = PackInputs(order, cache, training, layer, reference, self._loaded_model)
+        self._pack = MaskPack(found) if order.task == "pair_mask" else TranscoderPack(found)
+        self._trainer, self._objectives = self._pack.trainer, OBJECTIVES[order.task]
+        self._runaway_kl = RUNAWAY_KL * reference.kl_baseline
         self._ids = [member.training_id for member in order.members]
         if order.steps_done > 0:
             for member, ordered in zip(self._trainer.members, order.members, strict=True):
@@ -91,7 +83,7 @@ class PackTrainable(tune.Trainable):
         """
         started = time.monotonic()
         try:
-            if self._trainer is None:
+            if self._pack is None:
                 self._open()
             return self._train_and_report(started)
         # of any kind: what libraries raise, Triton's compiler for one, need not be a RuntimeError
@@ -117,7 +109,7 @@ class PackTrainable(tune.Trainable):
         losses = [member.losses.take_means() for member in self._trainer.members]
         reports = [
             self._report(index, means, metrics)
-            for index, (means, metrics) in enumerate(zip(losses, self._evaluate(), strict=True))
+            for index, (means, metrics) in enumerate(zip(losses, self._pack.evaluate(), strict=True))
         ]
         self._keep([index for index, report in enumerate(reports) if report.error is None])
         return {
@@ -150,7 +142,7 @@ class PackTrainable(tune.Trainable):
         for member, training_id in zip(self._trainer.members, self._ids, strict=True):
             self._write_checkpoint(member, training_id, {})
 
-    def _write_checkpoint(self, member: Member, training_id: str, progress: dict[str, float | None]) -> None:
+    def _write_checkpoint(self, member: Checkpointed, training_id: str, progress: dict[str, float | None]) -> None:
         steps = self._trainer.steps_done
         path = checkpoint_path(self._order.sweep_folder, self._order.start, training_id, steps)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,8 +153,9 @@ class PackTrainable(tune.Trainable):
         member, training_id = self._trainer.members[index], self._ids[index]
         if not (member.is_finite and _finite(losses | metrics)):
             return self._give_up(index, "a loss or metric is not finite")
-        if metrics["kl"] > RUNAWAY_KL * self._reference.kl_baseline:
-            return self._give_up(index, f"kl {metrics['kl']:.3g} is over {RUNAWAY_KL} times the mean pattern's")
+        if metrics[self._objectives.kl] > self._runaway_kl:
+            kl = f"{self._objectives.kl} {metrics[self._objectives.kl]:.3g}"
+            return self._give_up(index, f"{kl} is over {RUNAWAY_KL} times the mean pattern's")
         finished = self._trainer.finished
         figures = metrics if finished else losses | metrics
         # final figures are those of a dictionary, which follows
@@ -170,28 +163,9 @@ class PackTrainable(tune.Trainable):
         report = self._standing(training_id).model_copy(update={"metrics": figures})
         if not finished:
             return report
-        sha256 = self._save_dictionary(training_id, member, figures)
-        where = str(dictionary_path(self._order.start, training_id))
-        return report.model_copy(update={"dictionary": where, "dictionary_sha256": sha256})
-
-    def _evaluate(self) -> list[dict[str, float | None]]:
-        """Every member's metrics: all of them at the end, on the way a few on a few sequences."""
-        trainer, sequences = self._trainer, self._order.training.validation_sequences
-        if not trainer.finished:
-            sequences = min(BRIEF_SEQUENCES, sequences)
-        transcoders = [member.transcoder for member in trainer.members]
-        found = evaluate(transcoders, self._layer, self._cache, self._reference, sequences, self._order.threads)
-        if trainer.finished:
-            return [metrics | more for metrics, more in zip(found, self._cross_entropies(transcoders), strict=True)]
-        return [{name: metrics[name] for name in PROGRESS_METRICS} for metrics in found]
-
-    def _cross_entropies(self, transcoders: Sequence[QKTranscoder]) -> list[dict[str, float | None]]:
-        order, sequences = self._order, self._order.training.patched_sequences
-        if sequences == 0:
-            return [{} for _ in transcoders]
-        return evaluate_cross_entropy(
-            transcoders, self._layer, self._loaded_model(), self._cache, self._reference, sequences, order.threads
-        )
+        where = dictionary_path(self._order.start, training_id)
+        sha256 = self._pack.save(index, training_id, figures, self._order.sweep_folder / where)
+        return report.model_copy(update={"dictionary": str(where), "dictionary_sha256": sha256})
 
     def _loaded_model(self) -> "LanguageModel":
         """Raises InputError when the model's files are no longer those that the activations come from."""
@@ -207,24 +181,6 @@ class PackTrainable(tune.Trainable):
             )
         self._model = model
         return model
-
-    def _save_dictionary(self, training_id: str, member: Member, metrics: dict[str, float | None]) -> str:
-        order = self._order
-        config = DictionaryConfig(
-            training_id=training_id,
-            model=order.model_identity,
-            geometry=self._layer.geometry,
-            corpus=order.corpus_identity,
-            training=order.training,
-            sweep_seed=order.seed,
-            hyperparameters=member.hyperparameters,
-            metrics=metrics,
-            versions=package_versions(),
-            git_sha=git_sha(),
-        )
-        return save_dictionary(
-            order.sweep_folder / dictionary_path(order.start, training_id), member.transcoder, self._layer, config
-        )
 
     def _give_up(self, index: int, why: str) -> MemberReport:
         error = f"{DIVERGED} by token {self._trainer.tokens_done} ({why}); try a lower learning rate"

@@ -1,8 +1,8 @@
 """The on-disk dictionary: a finished training that a fresh process can load and trust.
 
 A folder with `transcoder.safetensors`, `attention.safetensors` (the frozen projections that turn its output
-into an attention pattern) and `config.json`. `config.json` is written last and records the SHA-256 of the
-other two, so its own hash, `dictionary_sha256`, fixes all three.
+into an attention pattern), `pairs.safetensors` where its pairs are masked, and `config.json`. `config.json` is written
+last and records the SHA-256 of the others, so its own hash, `dictionary_sha256`, fixes them all.
 """
 
 import hashlib
@@ -22,6 +22,8 @@ from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
 from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
+from qkmodel.pair_mask.kept_pairs import KeptPairs
 from qkmodel.schema import Schema
 from qkmodel.transcoder import QKTranscoder, empty_qk_transcoder
 
@@ -29,6 +31,7 @@ DICTIONARY_FORMAT: Literal[2] = 2
 CONFIG_FILE = "config.json"
 TRANSCODER_FILE = "transcoder.safetensors"
 ATTENTION_FILE = "attention.safetensors"
+PAIRS_FILE = "pairs.safetensors"
 FILES = (TRANSCODER_FILE, ATTENTION_FILE, CONFIG_FILE)
 
 
@@ -49,8 +52,26 @@ class CorpusIdentity(Schema):
     sha256: str
 
 
+class PairMaskConfig(Schema):
+    """How the pairs of a dictionary were chosen: by which training, from how many candidates, salient on which text.
+
+    `source_sha256` is that of the dictionary whose pairs they are.
+    """
+
+    hyperparameters: MaskHyperparameters
+    source_sha256: str
+    training: TrainingConfig
+    candidates: int
+    salient: int
+    calibration_sequences: int
+
+
 class DictionaryConfig(Schema):
-    """Everything about a dictionary but its numbers."""
+    """Everything about a dictionary but its numbers.
+
+    Where its pairs are masked, `training_id`, `corpus`, `sweep_seed` and `metrics` are the mask's; `training` and
+    `hyperparameters` stay those of the transcoders.
+    """
 
     format: Literal[2] = DICTIONARY_FORMAT
     training_id: str
@@ -61,6 +82,7 @@ class DictionaryConfig(Schema):
     sweep_seed: int
     hyperparameters: Hyperparameters
     metrics: dict[str, float | None]
+    pair_mask: PairMaskConfig | None = None
     versions: dict[str, str]
     git_sha: str | None
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 by file name")
@@ -68,25 +90,57 @@ class DictionaryConfig(Schema):
 
 @dataclass(frozen=True)
 class Dictionary:
-    """A loaded dictionary: `transcoder(x)` gives q̂ and k̂, `attention.pattern(…)` the pattern they make."""
+    """A loaded dictionary: `transcoder(x)` gives q̂ and k̂, `attention.pattern(…)` the pattern they make.
+
+    `kept_pairs` are those that a mask left, None where there is no mask.
+    """
 
     config: DictionaryConfig
     transcoder: QKTranscoder
     attention: AttentionLayer
+    kept_pairs: KeptPairs | None = None
 
 
-def save_dictionary(folder: Path, transcoder: QKTranscoder, attention: AttentionLayer, config: DictionaryConfig) -> str:
+def save_dictionary(
+    folder: Path,
+    transcoder: QKTranscoder,
+    attention: AttentionLayer,
+    config: DictionaryConfig,
+    kept_pairs: KeptPairs | None = None,
+) -> str:
     """Writes a dictionary and returns its SHA-256 (hex).
 
     `config.files` is filled in here. A kill at any moment leaves either no `config.json` or a whole dictionary.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TRANSCODER_FILE, save(transcoder.state_dict()))
-    write_atomically(folder / ATTENTION_FILE, save(attention.to_tensors()))
-    files = {name: _sha256((folder / name).read_bytes()) for name in (TRANSCODER_FILE, ATTENTION_FILE)}
-    content = config.model_copy(update={"files": files}).model_dump_json(indent=1).encode()
-    write_atomically(folder / CONFIG_FILE, content)
-    return _sha256(content)
+    tensors = {TRANSCODER_FILE: transcoder.state_dict(), ATTENTION_FILE: attention.to_tensors()}
+    if kept_pairs is not None:
+        tensors[PAIRS_FILE] = kept_pairs.to_tensors()
+    files = {}
+    for name, content in tensors.items():
+        write_atomically(folder / name, save(content))
+        files[name] = _sha256((folder / name).read_bytes())
+    config = config.model_copy(update={"files": files})
+    write_atomically(folder / CONFIG_FILE, _to_json(config))
+    return dictionary_sha256(config)
+
+
+def dictionary_sha256(config: DictionaryConfig) -> str:
+    """The SHA-256 (hex) of the dictionary that `save_dictionary` wrote with this configuration."""
+    return _sha256(_to_json(config))
+
+
+def _to_json(config: DictionaryConfig) -> bytes:
+    return config.model_dump_json(indent=1).encode()
+
+
+def read_dictionary_config(folder: Path) -> tuple[DictionaryConfig, str]:
+    """What a dictionary's folder says of it, and its SHA-256; nothing else in the folder is looked at.
+
+    Raises InputError naming the file when it is missing or cannot be read.
+    """
+    content = _read(folder / CONFIG_FILE)
+    return _parse_config(folder / CONFIG_FILE, content), _sha256(content)
 
 
 def load_dictionary(folder: Path | str, sha256: str | None = None) -> Dictionary:
@@ -96,17 +150,33 @@ def load_dictionary(folder: Path | str, sha256: str | None = None) -> Dictionary
     trusted. Raises InputError naming the file when something is missing, damaged, tampered with or does not fit.
     """
     folder = Path(folder)
-    content = _read(folder / CONFIG_FILE)
-    if sha256 is not None and _sha256(content) != sha256:
-        raise InputError(f"{folder / CONFIG_FILE}: hash is {_sha256(content)[:12]}…, recorded was {sha256[:12]}…")
-    config = _parse_config(folder / CONFIG_FILE, content)
+    config, found = read_dictionary_config(folder)
+    if sha256 is not None and found != sha256:
+        raise InputError(f"{folder / CONFIG_FILE}: hash is {found[:12]}…, recorded was {sha256[:12]}…")
     tensors = {name: _checked_tensors(folder / name, config) for name in (TRANSCODER_FILE, ATTENTION_FILE)}
     attention = AttentionLayer.from_tensors(config.geometry, tensors[ATTENTION_FILE])
     with torch.device("meta"):
         # shapes alone: what a forged configuration asks for is compared before anything is allocated
         transcoder = empty_qk_transcoder(config.hyperparameters, attention)
     _fit(folder / TRANSCODER_FILE, transcoder, tensors[TRANSCODER_FILE])
-    return Dictionary(config, transcoder.requires_grad_(False), attention)
+    transcoder.requires_grad_(False)
+    return Dictionary(config, transcoder, attention, _kept_pairs(folder / PAIRS_FILE, config, transcoder))
+
+
+def _kept_pairs(path: Path, config: DictionaryConfig, transcoder: QKTranscoder) -> KeptPairs | None:
+    if config.pair_mask is None:
+        return None
+    shape = (config.geometry.n_heads, transcoder.query.features, transcoder.key.features)
+    tensors = _checked_tensors(path, config)
+    try:
+        return KeptPairs.from_tensors(tensors, shape)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def files_of(config: DictionaryConfig) -> tuple[str, ...]:
+    """The names of the files that a dictionary is made of, that with all other's hashes last."""
+    return (*config.files, CONFIG_FILE)
 
 
 def find_loss(folder: Path, sha256: str) -> str | None:
@@ -117,8 +187,12 @@ def find_loss(folder: Path, sha256: str) -> str | None:
     for name in FILES:
         if not (folder / name).is_file():
             return f"{folder / name} is gone"
-    if _sha256((folder / CONFIG_FILE).read_bytes()) != sha256:
+    content = (folder / CONFIG_FILE).read_bytes()
+    if _sha256(content) != sha256:
         return f"{folder / CONFIG_FILE} is not the one that was recorded"
+    # not parsed: a sweep of a thousand dictionaries looks at all of them whenever it starts
+    if PAIRS_FILE.encode() in content and not (folder / PAIRS_FILE).is_file():
+        return f"{folder / PAIRS_FILE} is gone"
     return None
 
 

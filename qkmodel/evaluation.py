@@ -4,7 +4,7 @@ All figures are formed from sums pooled over the validation sequences, kept in f
 statistics leave position 0 (the BOS token) out. `…_no_bos` figures are defined in `pattern_comparison`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     # takes seconds to import, and most metrics need no model
     from qkmodel.language_model import LanguageModel
 
+# Attention inputs [batch, context, d_model] to a pattern [batch, n_heads, context, context].
+PatternOf = Callable[[Tensor], Tensor]
 # Shares of tokens: a feature that never fires is dead, one that fires on more than a tenth is dense.
 DENSE_SHARE = 0.1
 MINIMUM_CE_RANGE = 0.01
@@ -95,7 +97,7 @@ class _Evaluation:
 
 @torch.no_grad()
 def evaluate_cross_entropy(
-    transcoders: Sequence[QKTranscoder],
+    patterns: Sequence[PatternOf],
     layer: AttentionLayer,
     model: "LanguageModel",
     cache: ActivationCache,
@@ -103,20 +105,20 @@ def evaluate_cross_entropy(
     sequences: int,
     threads: int = 1,
 ) -> list[dict[str, float | None]]:
-    """What the model's next-token cross-entropy (nats) becomes with each transcoder's pattern patched in.
+    """What the model's next-token cross-entropy (nats) becomes with each of some patterns patched in.
 
     `ce_recovered` = (ce_ablated − ce_patched)/(ce_ablated − ce_clean), None where the denominator is under
     0.01 nats: then the layer's pattern hardly matters and the ratio is noise. The model multiplies in the cache's
     product type, as it did for `ce_clean` and `ce_ablated`.
     """
-    totals, count = [0.0] * len(transcoders), 0
+    totals, count = [0.0] * len(patterns), 0
     for start in range(0, sequences, EVALUATION_BATCH):
         numbers = range(start, min(start + EVALUATION_BATCH, sequences))
         tokens = cache.tokens("validation", numbers)
         x = cache.read(layer.geometry.layer, "validation", numbers).to(layer.w_q.device)
-        patterns = [partial(reconstructed_pattern, transcoder, layer, x) for transcoder in transcoders]
+        of_batch = [partial(pattern, x) for pattern in patterns]
         sums = model.cross_entropies(
-            tokens, layer.geometry.layer, patterns, DTYPES[cache.manifest.key.products], threads
+            tokens, layer.geometry.layer, of_batch, DTYPES[cache.manifest.key.products], threads
         )
         totals = [total + nats for total, nats in zip(totals, sums, strict=True)]
         count += tokens[:, 1:].numel()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -19,9 +19,9 @@ from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
-from qkmodel.data_order import batch_sequences, sequences_per_epoch
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.lockstep import Lockstep
 from qkmodel.member import Member, SharedBatch
 from qkmodel.pattern_kl import true_pattern
 from qkmodel.products import product_dtype
@@ -55,8 +55,8 @@ def shared_batch(x: torch.Tensor, layer: AttentionLayer, reference: LayerReferen
     )
 
 
-class PackTrainer:
-    """Trains members in lockstep on the layer's device; `tokens_done` counts the tokens that each member has seen.
+class PackTrainer(Lockstep):
+    """Trains members on the layer's device.
 
     `threads` step different members at once; more threads than members stay idle. `members` may be taken out of the
     list between two calls of `train`, and cost nothing from then on.
@@ -72,32 +72,11 @@ class PackTrainer:
         seed: int,
         threads: int = 1,
     ) -> None:
-        self.layer = layer
-        self.cache = cache
+        super().__init__(layer, cache, training, seed)
         self.reference = reference
-        self.training = training
-        self.seed = seed
         self.threads = threads
-        self.steps_done = 0
         self.dtype = product_dtype(training.precision, layer.w_q.device)
         self.members = [Member(hyperparameters, layer, reference, training) for hyperparameters in members]
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.training.batch_sequences * self.cache.context
-
-    @property
-    def tokens_done(self) -> int:
-        return self.steps_done * self.tokens_per_step
-
-    @property
-    def steps_planned(self) -> int:
-        """Steps of a whole training: `training.tokens` rounded up to whole batches."""
-        return -(-self.training.tokens // self.tokens_per_step)
-
-    @property
-    def finished(self) -> bool:
-        return self.steps_done >= self.steps_planned
 
     def train(self, steps: int, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Trains every member for `steps` further steps, or until the training's end.
@@ -124,8 +103,7 @@ class PackTrainer:
 
     @torch.no_grad()
     def _shared_batch(self, step: int) -> SharedBatch:
-        available = sequences_per_epoch(self.training, self.cache.context, self.cache.train_sequences_available)
-        numbers = batch_sequences(step, self.training.batch_sequences, available, self.seed)
+        numbers = self.sequences_of(step)
         x = self.cache.read(self.layer.geometry.layer, "train", numbers).to(self.layer.w_q.device)
         return shared_batch(x, self.layer, self.reference, self.dtype)
 
@@ -139,8 +117,23 @@ class CheckpointHeader(Schema):
     progress: dict[str, float | None] = Field(default_factory=dict)
 
 
+class Checkpointed(Protocol):
+    """A training whose exact state goes into a checkpoint and comes back from it."""
+
+    @property
+    def is_finite(self) -> bool: ...
+
+    def state_tensors(self) -> dict[str, Tensor]: ...
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None: ...
+
+
 def save_checkpoint(
-    member: Member, path: Path, training_id: str, steps_done: int, progress: Mapping[str, float | None] | None = None
+    member: Checkpointed,
+    path: Path,
+    training_id: str,
+    steps_done: int,
+    progress: Mapping[str, float | None] | None = None,
 ) -> None:
     """Writes one member's exact state, atomically."""
     header = CheckpointHeader(training_id=training_id, steps_done=steps_done, progress=dict(progress or {}))
@@ -155,7 +148,7 @@ def read_checkpoint_header(path: Path, training_id: str) -> CheckpointHeader:
     return _read_checkpoint(path, training_id)[0]
 
 
-def load_checkpoint(member: Member, path: Path, training_id: str) -> int:
+def load_checkpoint(member: Checkpointed, path: Path, training_id: str) -> int:
     """Restores one member's exact state and returns the steps it had done.
 
     Raises InputError when the file is damaged, belongs to another training, or does not fit.

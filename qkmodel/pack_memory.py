@@ -21,6 +21,9 @@ STEP_BYTES = 4
 # For each pre-activation of a batch. Dense way: encoder's output, activation, penalty and the gradients of each, in
 # float32; sparse way: only the output, in bfloat16.
 DENSE_BYTES, SPARSE_BYTES = 36, 2
+# For each candidate pair of a dictionary: its number, its saliency, its key feature, and what sorting them takes; and
+# for each of a mask: itself, two moments, its sample and the gradients of each, in float32.
+CANDIDATE_BYTES, MASKED_BYTES = 40, 32
 # A batch in use, the next one, and what making it takes.
 BATCHES = 3
 # What a process takes before its first pack, Ray's worker included; and machine code and buffers from then on.
@@ -65,6 +68,25 @@ def pack_bytes(
     patching = min(threads, len(members)) * _patched_bytes(use, context) if use is not None and use.patched else 0
     weights = _weight_bytes(use.model) if use is not None else 0
     return LIBRARIES_BYTES + RUNNING_BYTES + weights + lasting + max(training, patching)
+
+
+def masks_bytes(
+    candidates: Sequence[int],
+    source: Hyperparameters,
+    geometry: AttentionGeometry,
+    batch: int,
+    context: int,
+    use: ModelUse | None = None,
+) -> int:
+    """Bytes of a process that trains masks of one dictionary, with so many candidates each."""
+    forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
+    patching = _patched_bytes(use, context) if use is not None and use.patched else 0
+    weights = _weight_bytes(use.model) if use is not None else 0
+    dictionaries = (1 + len(candidates)) * LASTING_BYTES * _parameters(source, geometry)
+    pairs = CANDIDATE_BYTES * max(candidates) + MASKED_BYTES * sum(candidates)
+    # the true pattern, the bias terms, all terms, and their gradient
+    scores = 4 * 4 * (batch + 1) * geometry.n_heads * context**2
+    return LIBRARIES_BYTES + RUNNING_BYTES + weights + dictionaries + pairs + max(scores + forward, patching)
 
 
 def _weight_bytes(model: ModelDescription) -> int:

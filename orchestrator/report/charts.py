@@ -8,7 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from orchestrator.figures import L0_AXIS, hover_text
+from orchestrator.figures import hover_text
+from orchestrator.front_axes import FRONT_AXES
 from orchestrator.report.dictionary_facts import DictionaryFacts
 from orchestrator.report.sweep_facts import StudyFacts
 
@@ -37,7 +38,7 @@ def fronts_chart(studies: Sequence[StudyFacts]) -> go.Figure:
             hovertemplate="%{text}<extra></extra>",
             **style,
         )
-    figure.update_xaxes(**L0_AXIS)
+    figure.update_xaxes(**FRONT_AXES["transcoder"].plotly_axis)
     figure.update_yaxes(title_text="KL recovered")
     return _laid_out(figure)
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_serializer, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from orchestrator.search.space_checks import validate_space
 from qkmodel.configs import Number, Text, WholeNumber
 from qkmodel.errors import InputError
 from qkmodel.schema import Schema
+from qkmodel.tasks import Task
 
 # What a front may be bounded in: means over validation tokens, defined in qkmodel/evaluation.py.
 Metric = Literal[
@@ -31,6 +32,19 @@ Metric = Literal[
     "dense_key",
     "ce_recovered",
 ]
+# The same for pair masks: defined in qkmodel/pair_mask/evaluation.py.
+MaskMetric = Literal[
+    "kl_masked",
+    "kl_masked_recovered",
+    "mask_recovered",
+    "pairs_kept",
+    "pairs_share",
+    "pairs_share_active",
+    "unpaired_query",
+    "unpaired_key",
+    "ce_recovered",
+]
+METRICS: dict[Task, tuple[str, ...]] = {"transcoder": get_args(Metric), "pair_mask": get_args(MaskMetric)}
 # `halving: auto` leaves smaller searches alone
 LEAST_HALVED = 20
 _UNIT_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -80,7 +94,7 @@ class SearchConfig(Schema):
     space: tuple[Alternative, ...] = Field(examples=[{"dictionary_size": 512, "activation": "topk", "k": 16}])
     first: tuple[dict[str, Scalar], ...] = ()
     warm_start: Text | None = None
-    constraints: dict[Metric, Bounds] = Field(default_factory=dict)
+    constraints: dict[Metric | MaskMetric, Bounds] = Field(default_factory=dict)
     layer_allocation: Allocation = "even"
 
     @field_validator("space", mode="before")

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PlainValidator, Tag
 
-from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.schema import Schema
+from qkmodel.tasks import HYPERPARAMETERS, defaults, parse_hyperparameters, task_of
 
 
 class Range(Schema):
@@ -33,6 +33,10 @@ def _scalar(value: object) -> int | float | str:
     return value
 
 
+def _choosable(value: object) -> bool | int | float | str:
+    return value if isinstance(value, bool) else _scalar(value)
+
+
 def _form(setting: object) -> Literal["range", "choice", "value"]:
     if isinstance(setting, Mapping | Range):
         return "range"
@@ -41,10 +45,12 @@ def _form(setting: object) -> Literal["range", "choice", "value"]:
 
 # A plain validator, so that 1 stays an integer, "1" stays a word and true is refused rather than read as 1.
 Scalar = Annotated[int | float | str, PlainValidator(_scalar)]
+# Where it may be true or false; for which hyperparameters, `validate_space` knows.
+Choosable = Annotated[bool | int | float | str, PlainValidator(_choosable)]
 
 # The form is read off the value first, so that an error speaks of that form alone.
 Setting = Annotated[
-    Annotated[Range, Tag("range")] | Annotated[list[Scalar], Tag("choice")] | Annotated[Scalar, Tag("value")],
+    Annotated[Range, Tag("range")] | Annotated[list[Choosable], Tag("choice")] | Annotated[Choosable, Tag("value")],
     Discriminator(_form),
 ]
 
@@ -56,7 +62,7 @@ _LISTED_POINTS = 100_000
 
 
 def dimensions(alternative: Alternative) -> tuple[str, ...]:
-    """Names of the hyperparameters that vary, in the order of `Hyperparameters`' fields."""
+    """Names of the hyperparameters that vary, in the order of their task's fields."""
     return tuple(
         name
         for name, setting in ordered(alternative)
@@ -82,18 +88,18 @@ def is_integer(name: str) -> bool:
 def canonical(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     """The same hyperparameters as every part of a search writes them.
 
-    `seed` is present (0 unless given), what does not apply is absent, 512.0 features are 512, keys stand in
-    the order of `Hyperparameters`' fields.
+    What has a default is present (`seed`), what does not apply is absent, 512.0 features are 512, keys stand in the
+    order of their task's fields.
 
     Raises:
         pydantic.ValidationError: they are no valid hyperparameters.
     """
-    return Hyperparameters(**hyperparameters).model_dump(exclude_none=True)
+    return parse_hyperparameters(hyperparameters).model_dump(exclude_none=True)
 
 
 def contains(alternative: Alternative, hyperparameters: Mapping[str, Any]) -> bool:
     """Whether canonical `hyperparameters` could have come from this alternative."""
-    settings = {"seed": 0, **alternative}
+    settings = defaults(task_of(alternative)) | alternative
     if settings.keys() != hyperparameters.keys():
         return False
     for name, setting in settings.items():
@@ -104,7 +110,7 @@ def contains(alternative: Alternative, hyperparameters: Mapping[str, Any]) -> bo
     return True
 
 
-def values(setting: Setting) -> list[int | float | str]:
+def values(setting: Setting) -> list[bool | int | float | str]:
     """The values of a choice, or the one value of a fixed setting."""
     return setting if isinstance(setting, list) else [setting]
 
@@ -191,13 +197,16 @@ def _all_levels(name: str, setting: Setting) -> Sequence[int | float | str]:
 
 
 def ordered(alternative: Alternative) -> list[tuple[str, Setting]]:
-    """The settings in the order of `Hyperparameters`' fields."""
-    return [(name, alternative[name]) for name in Hyperparameters.model_fields if name in alternative]
+    """The settings in the order of their task's fields."""
+    fields = HYPERPARAMETERS[task_of(alternative)].model_fields
+    return [(name, alternative[name]) for name in fields if name in alternative]
 
 
-def type_of(name: str) -> type[int] | type[float] | tuple[str, ...]:
-    """What a hyperparameter takes: whole numbers, numbers, or one of some words."""
-    annotation = Hyperparameters.model_fields[name].annotation
+def type_of(name: str) -> type[int] | type[float] | type[bool] | type[str] | tuple[str, ...]:
+    """What a hyperparameter of any task takes: whole numbers, numbers, true or false, or one of some words."""
+    # where tasks share a name it takes the same
+    task = next(task for task, kind in HYPERPARAMETERS.items() if name in kind.model_fields)
+    annotation = HYPERPARAMETERS[task].model_fields[name].annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else annotation

@@ -19,7 +19,8 @@ from orchestrator.search.space import (
     values,
 )
 from qkmodel.errors import InputError
-from qkmodel.hyperparameters import Hyperparameters, WrongActivation
+from qkmodel.hyperparameters import WrongActivation
+from qkmodel.tasks import HYPERPARAMETERS, defaults, parse_hyperparameters, task_of
 
 # as many as a search may have trainings
 MOST_POINTS = 100_000
@@ -64,8 +65,8 @@ def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings:
 
 
 def _normalised(alternative: Alternative) -> dict[str, Any]:
-    """For comparison: [x] is x, a choice has no order, seed is 0 unless given."""
-    settings = {"seed": 0, **alternative}
+    """For comparison: [x] is x, a choice has no order, what has a default is there."""
+    settings = defaults(task_of(alternative)) | alternative
     return {
         name: setting if isinstance(setting, Range) else frozenset(values(setting))
         for name, setting in settings.items()
@@ -77,8 +78,11 @@ def _check_alternative(where: str, alternative: Alternative, sampler: str) -> No
         raise InputError(f"{where}: is empty; name dictionary_size, activation and learning_rate at least")
     for name, setting in alternative.items():
         key = f"{where}.{name}"
-        if name not in Hyperparameters.model_fields:
-            raise InputError(f"{key}: unknown hyperparameter; {_suggestion(name, Hyperparameters.model_fields)}")
+        known = HYPERPARAMETERS[task_of(alternative)].model_fields
+        if name not in known:
+            raise InputError(f"{key}: unknown hyperparameter; {_suggestion(name, known)}")
+        if name == "dictionary":
+            raise InputError(f"{key}: is not written here; pair_mask.dictionaries says whose pairs are masked")
         if isinstance(setting, Range):
             _check_range(key, name, setting, sampler)
         else:
@@ -88,8 +92,9 @@ def _check_alternative(where: str, alternative: Alternative, sampler: str) -> No
 
 def _check_range(key: str, name: str, setting: Range, sampler: str) -> None:
     expected = type_of(name)
-    if not isinstance(expected, type):
-        raise InputError(f"{key}: is a range, but takes one of {', '.join(expected)}, or a list of them")
+    if expected not in (int, float):
+        words = "true, false" if expected is bool else ", ".join(expected)
+        raise InputError(f"{key}: is a range, but takes one of {words}, or a list of them")
     if setting.low >= setting.high:
         raise InputError(f"{key}: low {setting.low:g} is not below high {setting.high:g}")
     if setting.log and setting.low <= 0:
@@ -111,6 +116,11 @@ def _check_values(key: str, name: str, setting: Setting) -> None:
         if not isinstance(expected, type):
             if value not in expected:
                 raise InputError(f"{key}: {value!r} is unknown; {_suggestion(value, expected)}")
+        elif expected is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"{key}: {value!r} is neither true nor false")
+        elif isinstance(value, bool):
+            raise InputError(f"{key}: is neither a number nor a word")
         elif isinstance(value, str) or (expected is int and value != int(value)):
             kind = "a whole number" if expected is int else "a number"
             raise InputError(f"{key}: {value!r} is not {kind}")
@@ -123,9 +133,10 @@ def _check_combinations(where: str, alternative: Alternative) -> None:
     """Build the trainings at the corners of the space.
 
     Every rule of `Hyperparameters` about a number is a bound or an order between two numbers, so the
-    smallest and the largest value of each speak for those between them.
+    smallest and the largest value of each speak for those between them. Which dictionaries masks are of is not known
+    here.
     """
-    corners = {}
+    corners = {"dictionary": ("0" * 16,)} if task_of(alternative) == "pair_mask" else {}
     for name, setting in ordered(alternative):
         if isinstance(setting, Range):
             corners[name] = (setting.low, setting.high)
@@ -135,7 +146,7 @@ def _check_combinations(where: str, alternative: Alternative) -> None:
             corners[name] = tuple(values(setting))
     for combination in itertools.product(*corners.values()):
         try:
-            Hyperparameters(**dict(zip(corners, combination, strict=True)))
+            parse_hyperparameters(dict(zip(corners, combination, strict=True)))
         except ValidationError as error:
             raise InputError(_explain(where, alternative, error)) from None
 

@@ -21,7 +21,7 @@ from orchestrator.search.space import (
     grid,
     is_integer,
 )
-from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.tasks import TaskHyperparameters, parse_hyperparameters
 
 # A sampler that repeats itself this often has converged; chance takes over, and then enumeration.
 _SAMPLER_ATTEMPTS = 3
@@ -29,16 +29,16 @@ _FALLBACK_ATTEMPTS = 20
 
 # Below these an objective no longer tells two trainings apart, and its logarithm runs away.
 _SMALLEST_KL = 1e-6
-_SMALLEST_L0 = 1.0
+_SMALLEST_SIZE = 1.0
 
 
 @dataclass(frozen=True)
 class Past:
     """A training as the ledger remembers it.
 
-    `open` trainings are running or waiting to be continued. `values` are (kl in nats, l0 in features per
-    token) of a finished training, and what a stopped one would have ended at; `feasible` is whether they lie in the
-    study's feasible box.
+    `open` trainings are running or waiting to be continued. `values` are (kl in nats, size: l0 in features per token,
+    or pairs kept) of a finished training, and what a stopped one would have ended at; `feasible` is whether they lie in
+    the study's feasible box.
     """
 
     hyperparameters: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Past:
 
 
 class StudySearch:
-    """Ask/tell over one in-memory Optuna study that minimises log2 kl and log2 l0.
+    """Ask/tell over one in-memory Optuna study that minimises log2 kl and log2 of the size.
 
     The logarithms are those of the hypervolume that judges a study. Nothing is stored: the same space,
     sampler, budget, seed and history give the same next proposal, whatever happened before in this process.
@@ -79,9 +79,9 @@ class StudySearch:
         self._alternatives = alternatives
         self._trainings = trainings
         self._seed = seed
-        self._seen: set[Hyperparameters] = set()
-        self._open: dict[Hyperparameters, Trial] = {}
-        self._told: set[Hyperparameters] = set()
+        self._seen: set[TaskHyperparameters] = set()
+        self._open: dict[TaskHyperparameters, Trial] = {}
+        self._told: set[TaskHyperparameters] = set()
         self._exhausted = False
         self._first = [canonical(point) for point in first]
         # what an enumeration has not passed yet: what was seen stays seen, so it is gone through once
@@ -116,7 +116,7 @@ class StudySearch:
 
         Args:
             hyperparameters: as proposed; keys may stand in any order.
-            values: (kl, l0); None, NaN or infinity if the training failed.
+            values: (kl, size); None, NaN or infinity if the training failed.
             feasible: whether the values lie in the feasible box; those outside rank behind all inside.
 
         Raises:
@@ -124,7 +124,7 @@ class StudySearch:
                 let pass: a training of an edited sweep file's earlier space is still finished. So is one that was
                 told before: stopped, and then taken up again.
         """
-        key = Hyperparameters(**hyperparameters)
+        key = parse_hyperparameters(hyperparameters)
         if not self.holds(hyperparameters) or key in self._told:
             return
         trial = self._open.pop(key)
@@ -132,13 +132,13 @@ class StudySearch:
         if values is None or not all(map(math.isfinite, values)):
             self._study.tell(trial, state=TrialState.FAIL)
             return
-        kl, l0 = values
+        kl, size = values
         trial.set_constraint("feasible_box", 0.0 if feasible else 1.0)
-        self._study.tell(trial, [math.log2(max(kl, _SMALLEST_KL)), math.log2(max(l0, _SMALLEST_L0))])
+        self._study.tell(trial, [math.log2(max(kl, _SMALLEST_KL)), math.log2(max(size, _SMALLEST_SIZE))])
 
     def _remember(self, past: Past) -> None:
         point = canonical(past.hyperparameters)
-        if Hyperparameters(**point) in self._seen or not self.holds(point):
+        if parse_hyperparameters(point) in self._seen or not self.holds(point):
             return
         self._accept(self._start_trial(point))
         if past.state != "open":
@@ -155,7 +155,7 @@ class StudySearch:
 
     def _accept(self, trial: Trial) -> dict[str, Any]:
         point = self._hyperparameters(trial)
-        key = Hyperparameters(**point)
+        key = parse_hyperparameters(point)
         self._seen.add(key)
         self._open[key] = trial
         return point
@@ -163,7 +163,7 @@ class StudySearch:
     def _given_first(self) -> Trial | None:
         while self._first:
             point = self._first.pop(0)
-            if self.holds(point) and Hyperparameters(**point) not in self._seen:
+            if self.holds(point) and parse_hyperparameters(point) not in self._seen:
                 return self._start_trial(point)
         return None
 
@@ -173,7 +173,7 @@ class StudySearch:
             self._study.sampler = self._make_sampler(name, attempt)
             trial = self._start_trial()
             point = self._hyperparameters(trial)
-            is_new = Hyperparameters(**point) not in self._seen
+            is_new = parse_hyperparameters(point) not in self._seen
             if is_new and self._index_of(trial) == self._first_with(point):
                 return trial
             self._study.tell(trial, state=TrialState.FAIL)
@@ -187,7 +187,7 @@ class StudySearch:
             points = grid(self._alternatives) if self.sampler == "grid" else enumerate_space(self._alternatives)
             self._points = iter(points or ())
             self._next_point = next(self._points, None)
-        while self._next_point is not None and Hyperparameters(**self._next_point) in self._seen:
+        while self._next_point is not None and parse_hyperparameters(self._next_point) in self._seen:
             self._next_point = next(self._points, None)
         return None if self._next_point is None else self._start_trial(self._next_point)
 

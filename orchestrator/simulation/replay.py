@@ -20,7 +20,7 @@ from orchestrator.budget import Budget, Limits
 from orchestrator.ledger import Ledger, Training
 from orchestrator.pack_order import MemberOrder, MemberReport
 from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork
-from orchestrator.pareto import feasible, hypervolume
+from orchestrator.pareto import feasible, hypervolume, point_of
 from orchestrator.search.config import resolve_halving
 from orchestrator.search.halving import Halving
 from orchestrator.search.samplers import resolve_auto
@@ -244,5 +244,5 @@ class _Replay:
 
 def area(study: RecordedStudy, trainings: Sequence[Training]) -> float:
     """The hypervolume of those inside the feasible box."""
-    points = [(one.metrics["l0"], one.metrics["kl"]) for one in trainings if feasible(one)]
+    points = [point_of(one) for one in trainings if feasible(one)]
     return hypervolume(points, study.reference)

@@ -1,16 +1,18 @@
 """Every metric of a pair mask, measured on held-out sequences after the choice of pairs was made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.pair_mask.masked_scores import masked_scores
 from qkmodel.pair_mask.pair_set import PairSet
-from qkmodel.pair_mask.score_terms import SequenceCodes, final_scores, score_terms
-from qkmodel.pair_mask.shares import PairShares, pair_shares
+from qkmodel.pair_mask.score_terms import SequenceCodes, final_scores, score_terms, sequence_codes
+from qkmodel.pair_mask.shares import PairShares, ShareSums
 from qkmodel.pattern_kl import row_kl
 from qkmodel.transcoder import QKTranscoder
 
@@ -21,28 +23,27 @@ VARIANCE_SHARE = 0.9
 def mask_kl(
     transcoder: QKTranscoder,
     layer: AttentionLayer,
-    codes: Sequence[SequenceCodes],
+    codes: Iterable[SequenceCodes],
     kept: PairSet,
     pool: ThreadPoolExecutor,
 ) -> float:
     """KL(p ‖ p̂) in nats with the kept pairs and the bias terms alone, mean over heads and rows."""
-    mask, total, rows = np.ones(len(kept), np.float32), 0.0, 0
+    mask, kl = np.ones(len(kept), np.float32), _MeanKL()
     for one in codes:
-        kl = row_kl(one.log_p, masked_scores(transcoder, layer, one, kept, mask, pool).log_softmax(-1)).double()
-        total, rows = total + kl.sum().item(), rows + kl.numel()
-    return total / rows
+        kl.add(one, masked_scores(transcoder, layer, one, kept, mask, pool))
+    return kl.value
 
 
 @torch.no_grad()
 def evaluate_mask(
     transcoder: QKTranscoder,
     layer: AttentionLayer,
-    codes: Sequence[SequenceCodes],
+    codes: Iterable[SequenceCodes],
     kept: PairSet,
     salient_pairs: int,
     pool: ThreadPoolExecutor,
 ) -> tuple[dict[str, float], PairShares]:
-    """Metrics of a mask, and the shares of its pairs, on held-out sequences.
+    """Metrics of a mask, and the shares of its pairs, on held-out sequences, which are gone through once.
 
     `kl_masked`; `kl`, of all pairs, and `kl_no_pairs`, of the bias terms alone, of the same decoders;
     `mask_recovered` = (kl_no_pairs − kl_masked)/(kl_no_pairs − kl); `pairs_kept`, its share of all pairs and of the
@@ -52,17 +53,21 @@ def evaluate_mask(
     kept pairs make up, mean over heads.
     """
     heads, queries, keys = kept.shape
-    nothing = kept.subset(np.zeros(len(kept), bool))
-    masked = mask_kl(transcoder, layer, codes, kept, pool)
-    without = mask_kl(transcoder, layer, codes, nothing, pool)
-    whole = _unmasked_kl(transcoder, layer, codes)
-    shares = pair_shares(transcoder, layer, codes, kept, pool)
+    masked, without, whole = _MeanKL(), _MeanKL(), _MeanKL()
+    mask, sums = np.ones(len(kept), np.float32), ShareSums(layer, kept)
+    for one in codes:
+        terms = score_terms(transcoder, layer, one)
+        masked.add(one, masked_scores(transcoder, layer, one, kept, mask, pool))
+        without.add(one, final_scores(terms.bias_scores, layer))
+        whole.add(one, final_scores(terms.scores, layer))
+        sums.add(terms, one, pool)
+    shares = sums.shares()
     paired = kept.pairs_of_rows.reshape(heads, queries).any(0).sum()
     metrics = {
-        "kl": whole,
-        "kl_masked": masked,
-        "kl_no_pairs": without,
-        "mask_recovered": (without - masked) / (without - whole),
+        "kl": whole.value,
+        "kl_masked": masked.value,
+        "kl_no_pairs": without.value,
+        "mask_recovered": (without.value - masked.value) / (without.value - whole.value),
         "pairs_kept": float(len(kept)),
         "pairs_share": len(kept) / (heads * queries * keys),
         "pairs_share_active": len(kept) / max(1, salient_pairs),
@@ -74,10 +79,31 @@ def evaluate_mask(
     return metrics | {f"pairs_head_{head:02d}": float(n) for head, n in enumerate(kept.pairs_of_heads)}, shares
 
 
-def _unmasked_kl(transcoder: QKTranscoder, layer: AttentionLayer, codes: Sequence[SequenceCodes]) -> float:
-    total, rows = 0.0, 0
-    for one in codes:
-        scores = final_scores(score_terms(transcoder, layer, one).scores, layer)
-        kl = row_kl(one.log_p, scores.log_softmax(-1)).double()
-        total, rows = total + kl.sum().item(), rows + kl.numel()
-    return total / rows
+@torch.no_grad()
+def masked_pattern(
+    transcoder: QKTranscoder,
+    layer: AttentionLayer,
+    kept: PairSet,
+    pool: ThreadPoolExecutor,
+    x: Float[Tensor, "batch context d_model"],
+) -> Float[Tensor, "batch n_heads context context"]:
+    """The pattern that the kept pairs and the bias terms make of `x`."""
+    mask = np.ones(len(kept), np.float32)
+    codes = sequence_codes(transcoder, layer, x)
+    return torch.stack([masked_scores(transcoder, layer, one, kept, mask, pool).softmax(-1) for one in codes])
+
+
+class _MeanKL:
+    """KL(p ‖ p̂) over the rows of all heads and sequences, in float64."""
+
+    def __init__(self) -> None:
+        self._total, self._rows = 0.0, 0
+
+    def add(self, codes: SequenceCodes, scores: Float[Tensor, "n_heads context context"]) -> None:
+        kl = row_kl(codes.log_p, scores.log_softmax(-1)).double()
+        self._total += kl.sum().item()
+        self._rows += kl.numel()
+
+    @property
+    def value(self) -> float:
+        return self._total / self._rows

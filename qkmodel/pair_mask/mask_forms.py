@@ -4,13 +4,12 @@ Both end in a choice: a pair is kept where its entry is above one half.
 """
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Form = Literal["sqrt", "hard_concrete"]
+from qkmodel.pair_mask.hyperparameters import Form
 
 
 class SqrtMask(nn.Module):

@@ -1,11 +1,10 @@
 """How much of a head's scores each pair makes up.
 
 Row-centred scores under the true pattern are what softmax sees of them: a row's variance is Var_p(s), and a pair's part
-of it is Cov_p(contribution, s). Parts of all pairs and of the bias terms add up to the
-whole. Scores are those before a soft-cap, where they are sums.
+of it is Cov_p(contribution, s). Parts of all pairs and of the bias terms add up to the whole. Scores are those before a
+soft-cap, where they are sums.
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,8 +17,7 @@ from qkmodel.kernels import pair_mask_cpu
 from qkmodel.kernels.numerics_cpu import as_array
 from qkmodel.pair_mask.masked_scores import each_head
 from qkmodel.pair_mask.pair_set import PairSet
-from qkmodel.pair_mask.score_terms import SequenceCodes, first_visible, score_terms
-from qkmodel.transcoder import QKTranscoder
+from qkmodel.pair_mask.score_terms import ScoreTerms, SequenceCodes, first_visible
 
 
 @dataclass(frozen=True)
@@ -41,31 +39,32 @@ class PairShares:
         return int(np.searchsorted(reached, wanted) + 1) if wanted > 0 else 0
 
 
-@torch.no_grad()
-def pair_shares(
-    transcoder: QKTranscoder,
-    layer: AttentionLayer,
-    codes: Sequence[SequenceCodes],
-    pairs: PairSet,
-    pool: ThreadPoolExecutor,
-) -> PairShares:
-    """The shares of `pairs`, measured on these sequences (one at least)."""
-    totals, weighted = np.zeros(len(pairs)), np.zeros(len(pairs))
-    counts = np.zeros(len(pairs), np.int64)
-    variances = torch.zeros(layer.geometry.n_heads, dtype=torch.float64)
-    for one in codes:
-        terms = score_terms(transcoder, layer, one)
-        p = one.log_p.exp()
-        scores = terms.scores
+class ShareSums:
+    """Adds up over sequences what `PairShares` are formed from."""
+
+    def __init__(self, layer: AttentionLayer, pairs: PairSet) -> None:
+        self._layer = layer
+        self._pairs = pairs
+        self._totals, self._weighted = np.zeros(len(pairs)), np.zeros(len(pairs))
+        self._counts = np.zeros(len(pairs), np.int64)
+        self._variances = torch.zeros(layer.geometry.n_heads, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, terms: ScoreTerms, codes: SequenceCodes, pool: ThreadPoolExecutor) -> None:
+        """One more sequence."""
+        p, scores = codes.log_p.exp(), terms.scores
         weights = p * (scores - (p * scores).sum(-1, keepdim=True))
-        variances += (weights * scores).sum((1, 2)).double()
-        visible = first_visible(layer, one.context)
+        self._variances += (weights * scores).sum((1, 2)).double()
+        visible, pairs = first_visible(self._layer, codes.context), self._pairs
 
-        def add(head: int, key_head: int, one=one, terms=terms, weights=weights, visible=visible) -> None:
+        def add(head: int, key_head: int) -> None:
             u, v, held = as_array(terms.u[head]), as_array(terms.v[key_head]), (pairs.starts[head], pairs.key_features)
-            sums = (totals, counts, weighted)
-            pair_mask_cpu.add_shares(*one.slots, u, v, visible, held, as_array(weights[head]), sums)
+            sums = (self._totals, self._counts, self._weighted)
+            pair_mask_cpu.add_shares(*codes.slots, u, v, visible, held, as_array(weights[head]), sums)
 
-        each_head(layer, pool, add)
-    of_head = np.repeat(variances.numpy(), pairs.pairs_of_heads)
-    return PairShares(totals / np.maximum(counts, 1), counts, weighted / of_head)
+        each_head(self._layer, pool, add)
+
+    def shares(self) -> PairShares:
+        """Of what was added: one sequence at least."""
+        of_head = np.repeat(self._variances.numpy(), self._pairs.pairs_of_heads)
+        return PairShares(self._totals / np.maximum(self._counts, 1), self._counts, self._weighted / of_head)

@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from qkmodel.attention import AttentionLayer
-from qkmodel.pair_mask.mask_forms import FORMS, Form
+from qkmodel.loss_sums import LossSums
+from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
+from qkmodel.pair_mask.mask_forms import FORMS
 from qkmodel.pair_mask.masked_scores import mask_gradient
 from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.score_terms import SequenceCodes
-from qkmodel.schema import Schema
 from qkmodel.transcoder import QKTranscoder
 
 KEPT_ABOVE = 0.5
@@ -27,24 +27,11 @@ KEPT_ABOVE = 0.5
 CONSTANT_SHARE = 0.5
 
 
-class MaskHyperparameters(Schema):
-    """What one training of a mask may differ in.
-
-    With `joint` decoder rows and output biases are trained along, at `decoder_learning_rate`, and go on for the last
-    `settled_share` of the steps after the choice of pairs is made; activations stay as they are.
-    """
-
-    form: Form = "sqrt"
-    pair_cost: float = Field(gt=0)
-    learning_rate: float = Field(default=0.03, gt=0)
-    joint: bool = False
-    decoder_learning_rate: float = Field(default=1e-3, gt=0)
-    settled_share: float = Field(default=0.3, ge=0, lt=1)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-
-
 class MaskTrainer:
-    """One mask's training. `steps` is how many there will be; whatever the next depends on, besides data, is here."""
+    """One mask's training. `steps` is how many there will be.
+
+    Whatever the next step depends on, besides the data, is in `state_tensors`.
+    """
 
     def __init__(
         self,
@@ -73,6 +60,7 @@ class MaskTrainer:
                 parameter.requires_grad_(True)
             self._decoder_optimiser = torch.optim.Adam(trained, lr=hyperparameters.decoder_learning_rate)
         self.kept: PairSet | None = None
+        self.losses = LossSums()
 
     @property
     def mask_steps(self) -> int:
@@ -80,25 +68,41 @@ class MaskTrainer:
         share = self.hyperparameters.settled_share if self.hyperparameters.joint else 0.0
         return max(1, round(self.steps * (1 - share)))
 
-    def step(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> float:
-        """One step on a batch of sequences; the KL (nats) of the mask that it was taken with."""
-        kl = self._step_of_mask(batch, pool) if self.kept is None else self._step_of_decoders(batch, pool)
+    def step(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> None:
+        """One step on a batch of sequences."""
+        if self.kept is None:
+            kl, pairs = self._step_of_mask(batch, pool)
+        else:
+            kl, pairs = self._step_of_decoders(batch, pool), float(len(self.kept))
+        self.losses.add(loss=kl + self.hyperparameters.pair_cost * pairs, train_kl=kl, train_pairs=pairs)
         self.steps_done += 1
         if self.steps_done == self.mask_steps:
-            self.kept = self.candidates.subset(self._mask.settled().numpy() > KEPT_ABOVE)
-        return kl
+            self.kept = self.chosen()
 
-    def _step_of_mask(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> float:
+    def chosen(self) -> PairSet:
+        """The pairs that are kept, or would be if the choice were made now."""
+        if self.kept is not None:
+            return self.kept
+        return self.candidates.subset(self._mask.settled().numpy() > KEPT_ABOVE)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number that is trained is one."""
+        return all(parameter.isfinite().all() for parameter in self._trained().values())
+
+    def _step_of_mask(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> tuple[float, float]:
+        """The KL of the mask that the step was taken with, and about how many pairs that keeps."""
         mask = self._mask.sample(self._noise())
         found = mask_gradient(self.transcoder, self.layer, batch, self.candidates, mask.detach().numpy(), pool)
         mask.backward(torch.from_numpy(found.mask))
-        (self.hyperparameters.pair_cost * self._mask.penalty()).backward()
+        penalty = self._mask.penalty()
+        (self.hyperparameters.pair_cost * penalty).backward()
         factor = _rate(self.steps_done / self.mask_steps)
         _descend(self._mask_optimiser, self.hyperparameters.learning_rate * factor)
         self._mask.after_step()
         if self._decoder_optimiser is not None:
             self._descend_decoders()
-        return found.kl
+        return found.kl, penalty.item()
 
     def _noise(self) -> torch.Generator:
         """A function of seed and step, so that nothing of it has to be kept."""
@@ -114,6 +118,45 @@ class MaskTrainer:
     def _descend_decoders(self) -> None:
         factor = _rate(self.steps_done / self.steps)
         _descend(self._decoder_optimiser, self.hyperparameters.decoder_learning_rate * factor)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        named = {f"mask.{name}": parameter for name, parameter in self._mask.named_parameters()}
+        if self._decoder_optimiser is not None:
+            decoders = self.transcoder.named_parameters()
+            named |= {f"transcoder.{name}": parameter for name, parameter in decoders if parameter.requires_grad}
+        return named
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Steps done, mask, decoders where they are trained, moments, the choice if made, and losses not read yet."""
+        tensors = {"steps_done": torch.tensor(self.steps_done)}
+        if self.kept is not None:
+            tensors["kept"] = torch.from_numpy(self.kept.numbers)
+        for name, parameter in self._trained().items():
+            tensors[name] = parameter
+            for key, value in self._optimiser_of(name).state[parameter].items():
+                tensors[f"optimiser.{name}.{key}"] = value
+        return tensors | {f"losses.{name}": value for name, value in self.losses.state_tensors().items()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`.
+
+        Raises KeyError or RuntimeError when a tensor is missing or has another shape.
+        """
+        self.steps_done = int(tensors["steps_done"])
+        for name, parameter in self._trained().items():
+            moments = {key: tensors[f"optimiser.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            if any(tensor.shape != parameter.shape for tensor in (tensors[name], moments["exp_avg"])):
+                raise RuntimeError(f"{name} does not have its shape {tuple(parameter.shape)}")
+            with torch.no_grad():
+                parameter.copy_(tensors[name])
+            self._optimiser_of(name).state[parameter] = {key: value.clone() for key, value in moments.items()}
+        if self.steps_done >= self.mask_steps:
+            self.kept = PairSet.from_numbers(tensors["kept"].numpy(), self.candidates.shape)
+        losses = {name: value for name, value in tensors.items() if name.startswith("losses.")}
+        self.losses.load_state_tensors({name.removeprefix("losses."): value for name, value in losses.items()})
+
+    def _optimiser_of(self, name: str) -> torch.optim.Adam:
+        return self._mask_optimiser if name.startswith("mask.") else self._decoder_optimiser
 
 
 def _rate(progress: float) -> float:

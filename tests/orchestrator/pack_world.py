@@ -92,6 +92,7 @@ def template(folder: Path, layer: int) -> Callable[..., PackOrder]:
     corpus = CorpusConfig(name="text.txt")
     return partial(
         PackOrder,
+        task="transcoder",
         start=1,
         threads=2,
         sweep_folder=folder,

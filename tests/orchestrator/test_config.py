@@ -116,7 +116,7 @@ BROKEN_VALUES = {
     "name that reads as a number": ("name: good", "name: 1e3", ["name", "1000.0", "quotes"]),
     "name that reads as no": ("name: good", "name: no", ["name", "false", "quotes"]),
     "name that looks like an option": ("name: good", "name: -f", ["name", '"-f"', "letter or digit first"]),
-    "unknown task": ("name: good", "name: good\ntask: pair_mask", ["task", '"pair_mask"', "transcoder"]),
+    "unknown task": ("name: good", "name: good\ntask: masks", ["task", '"masks"', "transcoder", "pair_mask"]),
     "unknown sampler": ("sampler: grid", "sampler: grdi", ["search.sampler", '"grdi"', "did you mean grid?"]),
     "unknown hyperparameter": ("penalty: l1", "penality: l1", ["search.space.penality", "did you mean penalty?"]),
     "unknown activation": ("activation: relu", "activation: rleu", ["search.space.activation", "rleu", "relu?"]),

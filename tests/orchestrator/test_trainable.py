@@ -46,6 +46,7 @@ def order(
         for training_id, rate in rates.items()
     )
     pack = PackOrder(
+        task="transcoder",
         start=1,
         pack_id="pack",
         members=members,

@@ -1,12 +1,13 @@
 """Every metric against a plain loop over sequences, heads and rows in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from qkmodel.errors import InputError
-from qkmodel.evaluation import evaluate, evaluate_cross_entropy
+from qkmodel.evaluation import evaluate, evaluate_cross_entropy, reconstructed_pattern
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer
 from qkmodel.reference import ensure_reference, load_reference, reference_path
@@ -139,8 +140,9 @@ def test_cross_entropy_of_patched_patterns(trained: tuple[SmallWorld, QKTranscod
     world, transcoder = trained
     other = PackTrainer([TOPK], world.layer, world.cache, world.reference, world.training, seed=0).members[0].transcoder
     arguments = world.layer, world.model, world.cache, world.reference, 5
-    metrics, others = evaluate_cross_entropy([transcoder, other], *arguments, threads=2)
-    assert evaluate_cross_entropy([other], *arguments) == [others] != [metrics]
+    patterns = [partial(reconstructed_pattern, one, world.layer) for one in (transcoder, other)]
+    metrics, others = evaluate_cross_entropy(patterns, *arguments, threads=2)
+    assert evaluate_cross_entropy(patterns[1:], *arguments) == [others] != [metrics]
     tokens = world.cache.tokens("validation", range(5))
     x = world.cache.read(LAYER, "validation", range(5))
     q_hat, k_hat = (flat.unflatten(-1, (-1, world.layer.geometry.d_head)) for flat in transcoder(x))

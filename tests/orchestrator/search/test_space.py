@@ -31,6 +31,7 @@ RELU = {
     "sparsity_coefficient": {"low": 1e-3, "high": 3e-2, "log": True, "points": 4},
     "learning_rate": 3e-3,
 }
+MASK = {"pair_cost": [1e-7, 1e-6]}
 TOPK = {"dictionary_size": 512, "activation": "topk", "k": [8, 16], "learning_rate": 1e-3}
 
 
@@ -47,8 +48,6 @@ def test_parsing_keeps_types_apart():
 @pytest.mark.parametrize(
     "setting",
     [
-        True,
-        [1, True],
         None,
         [None],
         [[1]],
@@ -125,6 +124,14 @@ BROKEN = {
     "unknown word": ([TOPK | {"activation": "topkk"}], "auto", 9, ["activation:", "'topkk'", "topk?"]),
     "number for a word": ([RELU | {"penalty": 3}], "auto", 9, ["search.space.penalty:", "3", "l1, sqrt"]),
     "word for a number": ([TOPK | {"k": "8"}], "auto", 9, ["search.space.k:", "'8'", "whole number"]),
+    "true for a number": ([TOPK | {"k": [1, True]}], "auto", 9, ["search.space.k:", "neither a number nor a word"]),
+    "true for a word": ([TOPK | {"activation": True}], "auto", 9, ["activation:", "True", "known: relu, topk"]),
+    "mask without a cost": ([{"form": "sqrt"}], "auto", 9, ["search.space:", "pair_cost is missing"]),
+    "mask with a size": ([MASK | {"k": 8}], "auto", 9, ["search.space.k:", "unknown hyperparameter", "known: "]),
+    "number for a switch": ([MASK | {"joint": 1}], "auto", 9, ["search.space.joint:", "neither true nor false"]),
+    "range of a switch": ([MASK | {"joint": {"low": 0, "high": 1}}], "auto", 9, ["joint:", "one of true, false"]),
+    "mask without candidates": ([MASK | {"pair_cost": [1e-7, 0]}], "auto", 9, ["pair_cost:", "greater than 0"]),
+    "dictionary in the space": ([MASK | {"dictionary": "a"}], "auto", 9, ["dictionary:", "pair_mask.dictionaries"]),
     "broken number": ([TOPK | {"k": [8, 8.5]}], "auto", 9, ["search.space.k:", "8.5", "whole number"]),
     "broken bound": ([TOPK | {"k": {"low": 0.5, "high": 8}}], "auto", 9, ["search.space.k:", "0.5", "whole"]),
     "k too large in a list": ([TOPK | {"k": [8, 600, 16]}], "auto", 9, ["search.space:", "k 600", "512"]),

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qkmodel.pair_mask.pair_set import PairSet
-from qkmodel.pair_mask.score_terms import sequence_codes
-from qkmodel.pair_mask.shares import PairShares, pair_shares
+from qkmodel.pair_mask.score_terms import score_terms, sequence_codes
+from qkmodel.pair_mask.shares import PairShares, ShareSums
 from tests.qkmodel.pair_mask import dense
 
 
@@ -15,7 +15,10 @@ def test_shares_are_covariances_with_the_score(family):
     transcoder, layer, x = dense.random_dictionary(family, "relu")
     everything = PairSet.all(transcoder, layer.geometry.n_heads)
     with ThreadPoolExecutor(2) as pool:
-        found = pair_shares(transcoder, layer, sequence_codes(transcoder, layer, x), everything, pool)
+        sums = ShareSums(layer, everything)
+        for codes in sequence_codes(transcoder, layer, x):
+            sums.add(score_terms(transcoder, layer, codes), codes, pool)
+    found = sums.shares()
     d_head, group = layer.geometry.d_head, layer.geometry.n_heads // layer.geometry.n_kv_heads
     covariance, variance, total, count = 0, 0, 0, 0
     for one in x:

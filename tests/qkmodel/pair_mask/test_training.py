@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl
+from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
 from qkmodel.pair_mask.mask_forms import HardConcreteMask, SqrtMask
 from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.saliency import salient_pairs
 from qkmodel.pair_mask.score_terms import SequenceCodes, final_scores, score_terms, sequence_codes
-from qkmodel.pair_mask.training import MaskHyperparameters, MaskTrainer
+from qkmodel.pair_mask.training import MaskTrainer
 from tests.qkmodel.pair_mask import dense
 
 STEPS = 60
@@ -42,7 +43,7 @@ def pool():
 def train(small, pool, **settings) -> MaskTrainer:
     transcoder, layer, codes = small
     found = salient_pairs(transcoder, layer, codes, 10_000)
-    trainer = MaskTrainer(MaskHyperparameters(**settings), transcoder, layer, found.pairs, STEPS)
+    trainer = MaskTrainer(MaskHyperparameters(dictionary="0" * 16, **settings), transcoder, layer, found.pairs, STEPS)
     for _ in range(STEPS):
         trainer.step(codes, pool)
     return trainer
@@ -117,3 +118,28 @@ def test_metrics_of_all_pairs_and_of_none(small, pool):
     assert metrics["unpaired_query"] == pytest.approx(1 - 1 / dense.QUERY_FEATURES)
     assert metrics["unpaired_key"] == pytest.approx(1 - 1 / dense.KEY_FEATURES)
     assert metrics["pairs_share_active"] == pytest.approx(1 / active)
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 25, 50])
+@pytest.mark.parametrize("settings", [{"form": "sqrt"}, {"form": "hard_concrete", "joint": True}])
+def test_a_continued_training_is_the_uninterrupted_one(small, pool, settings, interrupted_at):
+    transcoder, layer, codes = small
+    hyperparameters = MaskHyperparameters(dictionary="0" * 16, pair_cost=2e-3, learning_rate=0.1, **settings)
+    candidates = salient_pairs(transcoder, layer, codes, 10_000).pairs
+
+    def new() -> MaskTrainer:
+        return MaskTrainer(hyperparameters, transcoder, layer, candidates, STEPS)
+
+    whole, first, second = new(), new(), new()
+    for _ in range(STEPS):
+        whole.step(codes, pool)
+    for _ in range(interrupted_at):
+        first.step(codes, pool)
+    second.load_state_tensors({name: tensor.detach().clone() for name, tensor in first.state_tensors().items()})
+    for _ in range(STEPS - interrupted_at):
+        second.step(codes, pool)
+    assert np.array_equal(whole.kept.numbers, second.kept.numbers)
+    expected = whole.state_tensors()
+    assert second.state_tensors().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.state_tensors().items())
+    assert second.losses.take_means() == whole.losses.take_means()

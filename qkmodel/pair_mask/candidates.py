@@ -1,0 +1,75 @@
+"""The pairs that masks of one dictionary are trained on, kept on disk: the most salient of all there are."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from qkmodel.activations import ActivationCache
+from qkmodel.attention import AttentionLayer
+from qkmodel.pair_mask.pair_set import PairSet
+from qkmodel.pair_mask.saliency import SalientPairs, salient_pairs
+from qkmodel.pair_mask.score_terms import SequenceCodes, sequence_codes
+from qkmodel.schema import Schema
+from qkmodel.tensor_file import read_tensor_file, write_tensor_file
+from qkmodel.transcoder import QKTranscoder
+
+
+class CandidatesHeader(Schema):
+    """Where candidates come from; `shape` is (heads, query features, key features), `salient` as in `SalientPairs`."""
+
+    format: Literal[1] = 1
+    dictionary_sha256: str
+    calibration_sequences: int
+    shape: tuple[int, int, int]
+    salient: int
+
+
+def candidates_path(folder: Path, dictionary_sha256: str, calibration_sequences: int, most: int) -> Path:
+    """Where the `most` most salient pairs of a dictionary lie, by what decides which they are."""
+    return folder / f"{dictionary_sha256[:16]}-{calibration_sequences}-{most}.safetensors"
+
+
+def find_candidates(
+    path: Path,
+    dictionary_sha256: str,
+    transcoder: QKTranscoder,
+    layer: AttentionLayer,
+    cache: ActivationCache,
+    calibration_sequences: int,
+    most: int,
+    threads: int,
+) -> None:
+    """Writes the `most` most salient pairs on the first `calibration_sequences` training sequences."""
+    codes = list(codes_of(transcoder, layer, cache, "train", calibration_sequences))
+    found = salient_pairs(transcoder, layer, codes, most, threads)
+    header = CandidatesHeader(
+        dictionary_sha256=dictionary_sha256,
+        calibration_sequences=calibration_sequences,
+        shape=found.pairs.shape,
+        salient=found.salient,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"numbers": found.pairs.numbers, "saliency": found.saliency}
+    write_tensor_file(path, header, {name: torch.from_numpy(values) for name, values in tensors.items()})
+
+
+def read_candidates(path: Path) -> SalientPairs:
+    """Raises InputError when the file is damaged, and OSError when it cannot be read at all."""
+    header, tensors = read_tensor_file(path, CandidatesHeader)
+    pairs = PairSet.from_numbers(tensors["numbers"].numpy(), header.shape)
+    return SalientPairs(pairs, tensors["saliency"].numpy(), header.salient)
+
+
+def codes_of(
+    transcoder: QKTranscoder,
+    layer: AttentionLayer,
+    cache: ActivationCache,
+    split: Literal["train", "validation"],
+    sequences: int,
+) -> Iterator[SequenceCodes]:
+    """The codes of a split's first sequences, one by one."""
+    for number in np.arange(sequences):
+        yield from sequence_codes(transcoder, layer, cache.read(layer.geometry.layer, split, [number]))
