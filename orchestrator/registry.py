@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow.artifacts
@@ -91,7 +91,7 @@ def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Seque
     # against another `choose` on this machine: both would find no version and make one
     with _answered_in_one_line(address), exclusive(storage / LOCK_FILE, lambda holder: None):
         client = _connect(address)
-        registration = _Registration(client, ledger.sweep(), artifact_root)
+        registration = _Registration(client, address, ledger.sweep(), artifact_root)
         return [registration.of(*one) for one in zip(choices, folders, configs, strict=True)]
 
 
@@ -113,17 +113,13 @@ def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
         raise InputError(f"tracking: {redact_url(address)} {error}") from error
     if file is not None and not file.is_file():
         raise InputError(f"{file}: no tracking store here; give its address as tracking=, or set MLFLOW_TRACKING_URI")
-    with tempfile.TemporaryDirectory() as scratch:
-        with _answered_in_one_line(address):
-            client = _connect(address)
-            version = _look_up(client, address, reference, **found.groupdict())
-            source = client.get_model_version_download_uri(version.name, version.version)
-            for name in FILES:
-                mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+    with _answered_in_one_line(address):
+        client = _connect(address)
+        version = _look_up(client, address, reference, **found.groupdict())
         try:
-            return load_folder(scratch, version.tags[SHA256_TAG])
+            return _download(client, address, version)
         except InputError as error:
-            raise InputError(f"{reference}: {str(error).replace(f'{scratch}/', '')}") from error
+            raise InputError(f"{reference}: {error}") from error
 
 
 def chosen_record(
@@ -179,11 +175,28 @@ def _look_up(
     return found
 
 
+def _download(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
+    """What a version holds. Raises InputError when its files are gone or are not those that were registered."""
+    source = client.get_model_version_download_uri(version.name, version.version)
+    # a download that fails does not tell a file that is gone from a store that does not answer
+    there = {PurePosixPath(one.path).name for one in mlflow.artifacts.list_artifacts(source, tracking_uri=address)}
+    if gone := [name for name in FILES if name not in there]:
+        raise InputError(f"{gone[0]} is gone from {redact_url(source)}; orchestrate choose registers it anew")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in FILES:
+            mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+        try:
+            return load_folder(scratch, version.tags[SHA256_TAG])
+        except InputError as error:
+            raise InputError(str(error).replace(f"{scratch}/", "")) from error
+
+
 class _Registration:
     """Registers dictionaries of one sweep. `artifact_root` is None where a server decides."""
 
-    def __init__(self, client: MlflowClient, sweep: SweepRecord, artifact_root: str | None) -> None:
+    def __init__(self, client: MlflowClient, address: str, sweep: SweepRecord, artifact_root: str | None) -> None:
         self._client = client
+        self._address = address
         self._sweep = sweep
         self._artifact_root = artifact_root
         self._experiment = find_or_create_experiment(client, sweep.name, artifact_root)
@@ -191,10 +204,19 @@ class _Registration:
     def of(self, choice: Choice, folder: Path, config: DictionaryConfig) -> Registered:
         name, sha256 = registered_name(config), choice.training.dictionary_sha256
         found = self._client.search_model_versions(f"name = '{name}' and tags.`{SHA256_TAG}` = '{sha256}'")
-        version = found[0].version if found else self._make_version(name, choice, folder, config)
+        whole = next((one.version for one in found if self._is_whole(one)), None)
+        version = self._make_version(name, choice, folder, config) if whole is None else whole
         before = self._client.get_registered_model(name).aliases.get(choice.alias)
         self._client.set_registered_model_alias(name, choice.alias, version)
-        return Registered(name, str(version), choice.alias, not found, None if before is None else str(before))
+        return Registered(name, str(version), choice.alias, whole is None, None if before is None else str(before))
+
+    def _is_whole(self, version: ModelVersion) -> bool:
+        """Whether the store still has what was registered: its files may have been deleted or changed there."""
+        try:
+            _download(self._client, self._address, version)
+        except InputError:
+            return False
+        return True
 
     def _make_version(self, name: str, choice: Choice, folder: Path, config: DictionaryConfig) -> str:
         """Upload, and only then make the version. Where MLflow has the training's run, the version belongs to it."""

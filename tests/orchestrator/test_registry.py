@@ -170,6 +170,25 @@ def test_what_was_changed_in_the_store_is_refused(storage: Path, ledger: Ledger,
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("harm", ["one file gone", "all files gone", "changed"])
+def test_choosing_again_sends_files_that_the_store_has_lost(storage: Path, ledger: Ledger, harm: str) -> None:
+    choose(ledger)
+    folder = uploaded(storage)
+    if harm == "one file gone":
+        (folder / "attention.safetensors").unlink()
+    elif harm == "all files gone":
+        shutil.rmtree(folder)
+    else:
+        (folder / "attention.safetensors").write_bytes(b"changed")
+    if harm != "changed":
+        with pytest.raises(InputError, match=rf"^{KNEE}: \S+ is gone from file:.*; orchestrate choose") as refused:
+            load_dictionary(KNEE)
+        assert "\n" not in str(refused.value)
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=True, alias_was="1")
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=False, alias_was="2")
+    assert_same_dictionary(KNEE, ledger, MIDDLE)
+
+
 def test_a_forgery_that_is_consistent_in_itself_is_refused(storage: Path, ledger: Ledger) -> None:
     """A whole other dictionary in the place of the registered one."""
     choose(ledger)
@@ -319,9 +338,12 @@ def test_a_real_server(tmp_path: Path, migrated: bytes, monkeypatch: pytest.Monk
             load_dictionary(KNEE, address)
         for weights in tmp_path.glob("server-artifacts/**/transcoder.safetensors"):
             weights.unlink()
-        with pytest.raises(TrackingUnavailable, match=r"transcoder\.safetensors") as caught:
+        with pytest.raises(InputError, match=rf"^{KNEE}: transcoder\.safetensors is gone from mlflow-a") as gone:
             load_dictionary(KNEE, address)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(gone.value)
+        assert choose(ledger, tracking=address) == Registered(NAME, "3", "knee", is_new=True, alias_was="1")
+        assert choose(ledger, tracking=address) == Registered(NAME, "3", "knee", is_new=False, alias_was="3")
+        assert_same_dictionary(KNEE, ledger, MIDDLE, address)
     with sqlite3.connect(tmp_path / "server.db") as connection:
         before = connection.execute("SELECT * FROM registered_model_aliases").fetchall()
     ran = subprocess.run(
