@@ -40,6 +40,11 @@ class SweepRecord:
     facts: dict[str, dict[str, Any]]
     created: datetime
 
+    @property
+    def run_tag(self) -> str:
+        """Tells its parent run in MLflow from those of sweeps of the same name: in another storage, or begun afresh."""
+        return f"{self.name} {self.created.isoformat()}"
+
 
 @dataclass(frozen=True)
 class Study:

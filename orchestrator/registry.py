@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url, sqlite_file
@@ -44,11 +45,13 @@ from qkmodel.model_description import model_slug
 
 SHA256_TAG = "qk.dictionary_sha256"
 MODEL_TYPE = "qk-transcoder"
+_SWEEP_TAG = "qk.sweep"
 # what a table of versions shows of each; all of it is in the description
-_SHOWN_FACTS = ("qk.sweep", STUDY_TAG, TRAINING_TAG, SHA256_TAG)
+_SHOWN_FACTS = (_SWEEP_TAG, STUDY_TAG, TRAINING_TAG, SHA256_TAG)
 _SHOWN_METRICS = ("l0", "kl", "kl_recovered")
 
-_REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))", re.ASCII)
+# databases that keep versions in 32 bits fail on larger ones
+_REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d{1,9}))", re.ASCII)
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 
@@ -79,8 +82,9 @@ def registered_name(config: DictionaryConfig) -> str:
 def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Sequence[Choice]) -> list[Registered]:
     """Register the chosen dictionaries, or find them registered, and point their aliases to them.
 
-    `tracking` and `storage` as in the sweep file. Raises InputError when a dictionary is damaged, before anything is
-    registered, and TrackingUnavailable when MLflow cannot take one now; that one then has neither version nor alias.
+    `tracking` and `storage` as in the sweep file. Raises InputError when a dictionary is damaged or a prompt of MLflow
+    has the name of one, before anything is registered, and TrackingUnavailable when MLflow cannot take one now; that
+    one then has neither version nor alias.
     """
     address, artifact_root = tracking_address(tracking, storage)
     folders = [ledger.folder / choice.training.dictionary for choice in choices]
@@ -91,6 +95,8 @@ def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Seque
     # against another `choose` on this machine: both would find no version and make one
     with _answered_in_one_line(address), exclusive(storage / LOCK_FILE, lambda holder: None):
         client = _connect(address)
+        for config in configs:
+            _refuse_prompt(client, address, registered_name(config))
         registration = _Registration(client, address, ledger.sweep(), artifact_root)
         return [registration.of(*one) for one in zip(choices, folders, configs, strict=True)]
 
@@ -175,6 +181,14 @@ def _look_up(
     return found
 
 
+def _refuse_prompt(client: MlflowClient, address: str, name: str) -> None:
+    """Prompts lie in the same registry; MLflow makes versions under the name of one that nobody can load."""
+    if client.get_prompt(name) is not None:
+        raise InputError(
+            f"{name}: is the name of a prompt at {redact_url(address)}; delete the prompt, or give another tracking"
+        )
+
+
 def _download(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
     """What a version holds. Raises InputError when its files are gone or are not those that were registered."""
     source = client.get_model_version_download_uri(version.name, version.version)
@@ -221,9 +235,7 @@ class _Registration:
     def _make_version(self, name: str, choice: Choice, folder: Path, config: DictionaryConfig) -> str:
         """Upload, and only then make the version. Where MLflow has the training's run, the version belongs to it."""
         client, training = self._client, choice.training
-        condition = f"tags.`{TRAINING_TAG}` = '{training.training_id}'"
-        runs = client.search_runs([self._experiment], condition, max_results=1)
-        run_id = runs[0].info.run_id if runs else None
+        run_id = self._run_of(training)
         facts = _provenance(self._sweep, choice, config)
         params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
         metrics = {key: value for key, value in without_heads(training.metrics).items() if value is not None}
@@ -251,6 +263,16 @@ class _Registration:
             made = client.create_model_version(name, model.artifact_location, run_id, tags, description=text)
         return made.version
 
+    def _run_of(self, training: Training) -> str | None:
+        """The training's run below this sweep's parent run: another storage's sweep may be in the same experiment."""
+        parent = self._find_run({_SWEEP_TAG: self._sweep.run_tag})
+        return parent and self._find_run({MLFLOW_PARENT_RUN_ID: parent, TRAINING_TAG: training.training_id})
+
+    def _find_run(self, tags: Mapping[str, str]) -> str | None:
+        condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        found = self._client.search_runs([self._experiment], condition, max_results=1)
+        return found[0].info.run_id if found else None
+
     def _show_metrics(self, run_id: str, model_id: str, training: Training, metrics: Mapping[str, float]) -> None:
         """On the logged model's page. The run has the same points, and MLflow keeps one of equal ones."""
         ended, tokens = milliseconds(training.finished), training.tokens_done
@@ -276,7 +298,7 @@ def _provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) ->
     """Where the dictionary comes from, as tags."""
     study, training = choice.status.study, choice.training
     facts = {
-        "qk.sweep": sweep.name,
+        _SWEEP_TAG: sweep.name,
         STUDY_TAG: study.study_id,
         TRAINING_TAG: training.training_id,
         SHA256_TAG: training.dictionary_sha256,

@@ -221,11 +221,53 @@ def test_an_upload_that_fails_leaves_neither_version_nor_alias(storage: Path, le
     assert_same_dictionary(KNEE, ledger, MIDDLE)
 
 
+def counts(storage: Path) -> dict[str, int]:
+    """Rows of MLflow's tables that choosing adds to."""
+    names = ("experiments", "logged_models", "registered_models", "model_versions", "registered_model_aliases")
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        return {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
+
+
+def test_a_name_that_a_prompt_has_is_refused_and_nothing_created(storage: Path) -> None:
+    """The prompt has the second layer's name: the first is not registered either."""
+    make_sweep(storage, fronts={4: {"eeee000000000004": (8.0, 0.2)}, 8: FRONT})
+    client_of(storage).register_prompt(NAME, "a prompt")
+    before = counts(storage)
+    ran = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "choose", "small"], cwd=storage.parent, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
+    assert ran.stderr.startswith(f"error: {NAME}: is the name of a prompt at sqlite:///{storage}/mlflow.db")
+    assert counts(storage) == before
+    assert not (storage / "mlflow-artifacts").exists()
+
+
+@pytest.mark.parametrize("own", ["first delivered", "last delivered"])
+def test_a_version_belongs_to_the_run_of_its_own_storage(
+    storage: Path, ledger: Ledger, tmp_path: Path, own: str
+) -> None:
+    """Two storages, each with a sweep of the same name and the same trainings, track into one experiment."""
+    address = f"sqlite:///{storage}/mlflow.db"
+    other = make_sweep(tmp_path / "other", tracking=address)
+    Tracker(address, storage, ledger).deliver()
+    Tracker(address, tmp_path / "other", other).deliver()
+    mine = ledger if own == "first delivered" else other
+    choose(mine, tracking=address)
+    client = client_of(storage)
+    run = client.get_run(client.get_model_version_by_alias(NAME, "knee").run_id)
+    assert run.data.tags["qk.training_id"] == MIDDLE
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["qk.sweep"] == f"small {mine.sweep().created.isoformat()}"
+
+
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
         (f"models:/{NAME}@nobody", "not in the registry"),
         (f"models:/{NAME}/99", "not in the registry"),
+        (f"models:/{NAME}/999999999", "not in the registry"),
+        (f"models:/{NAME}/9999999999", "names no dictionary"),
+        (f"models:/{NAME}/{10**30}", "names no dictionary"),
         ("models:/qk.other.L08@knee", "not in the registry"),
         ("models:/foreign@knee", f"no tag {SHA256_TAG}"),
         (NAME, "names no dictionary"),
