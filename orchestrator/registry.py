@@ -37,17 +37,16 @@ from orchestrator.tracking_store import (
     tracking_address,
     unavailable,
 )
+from orchestrator.version_facts import SHA256_TAG, SWEEP_TAG, description, provenance
 from qkmodel.dictionary import FILES, Dictionary, DictionaryConfig
 from qkmodel.dictionary import load_dictionary as load_folder
 from qkmodel.errors import InputError
 from qkmodel.files import exclusive
 from qkmodel.model_description import model_slug
 
-SHA256_TAG = "qk.dictionary_sha256"
 MODEL_TYPE = "qk-transcoder"
-_SWEEP_TAG = "qk.sweep"
 # what a table of versions shows of each; all of it is in the description
-_SHOWN_FACTS = (_SWEEP_TAG, STUDY_TAG, TRAINING_TAG, SHA256_TAG)
+_SHOWN_FACTS = (SWEEP_TAG, STUDY_TAG, TRAINING_TAG, SHA256_TAG)
 _SHOWN_METRICS = ("l0", "kl", "kl_recovered")
 
 # databases that keep versions in 32 bits fail on larger ones
@@ -236,7 +235,7 @@ class _Registration:
         """Upload, and only then make the version. Where MLflow has the training's run, the version belongs to it."""
         client, training = self._client, choice.training
         run_id = self._run_of(training)
-        facts = _provenance(self._sweep, choice, config)
+        facts = provenance(self._sweep, choice, config)
         params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
         metrics = {key: value for key, value in without_heads(training.metrics).items() if value is not None}
         # names of logged models hold no points
@@ -254,7 +253,7 @@ class _Registration:
         _ensure_registered_model(client, name, choice.status.study)
         figures = {key: repr(value) for key, value in metrics.items()}
         tags = {key: facts[key] for key in _SHOWN_FACTS} | {key: figures[key] for key in _SHOWN_METRICS}
-        text = _description(training, figures, params, facts)
+        text = description(training, figures, params, facts)
         if self._artifact_root is None:
             source = f"models:/{model.model_id}"
             made = client.create_model_version(name, source, run_id, tags, model_id=model.model_id, description=text)
@@ -265,7 +264,7 @@ class _Registration:
 
     def _run_of(self, training: Training) -> str | None:
         """The training's run below this sweep's parent run: another storage's sweep may be in the same experiment."""
-        parent = self._find_run({_SWEEP_TAG: self._sweep.run_tag})
+        parent = self._find_run({SWEEP_TAG: self._sweep.run_tag})
         return parent and self._find_run({MLFLOW_PARENT_RUN_ID: parent, TRAINING_TAG: training.training_id})
 
     def _find_run(self, tags: Mapping[str, str]) -> str | None:
@@ -286,27 +285,3 @@ def _ensure_registered_model(client: MlflowClient, name: str, study: Study) -> N
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _description(training: Training, *tables: Mapping[str, str]) -> str:
-    """Markdown, whose first line is what a table of versions shows of it."""
-    rows = ["| | |\n|---|---|\n" + "\n".join(f"| {key} | `{value}` |" for key, value in one.items()) for one in tables]
-    return "\n\n".join([training.label, *rows])
-
-
-def _provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> dict[str, str]:
-    """Where the dictionary comes from, as tags."""
-    study, training = choice.status.study, choice.training
-    facts = {
-        _SWEEP_TAG: sweep.name,
-        STUDY_TAG: study.study_id,
-        TRAINING_TAG: training.training_id,
-        SHA256_TAG: training.dictionary_sha256,
-        "qk.layer": str(study.layer),
-        "qk.model": study.model,
-        "qk.model_weights_sha256": config.model.weights_sha256,
-        "qk.corpus": study.corpus,
-        "qk.corpus_sha256": config.corpus.sha256,
-        "qk.git_sha": config.git_sha,
-    }
-    return {name: value for name, value in facts.items() if value is not None}
