@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -11,7 +12,7 @@ from orchestrator.ledger_tables import SweepRecord, Training
 from qkmodel.dictionary import DictionaryConfig
 from qkmodel.model_description import BUNDLED_MODELS
 
-# owner/name, as hubs call models; a local folder is none
+# owner/name, as hubs call models
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 _BOTH_WAYS = ("kl", "kl_query", "kl_key", "kl_baseline", "kl_recovered")
 _ONCE = ("l0", "l0_query", "l0_key", "top1", "max_error", "dead_query", "dead_key", "ce_recovered")
@@ -42,7 +43,8 @@ def model_card(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> 
 
 def _front_matter(config: DictionaryConfig) -> str:
     name = config.model.config.name
-    is_of_hub = name not in BUNDLED_MODELS and _HUB_NAME.fullmatch(name) is not None
+    # the name of a local folder may look the same
+    is_of_hub = name not in BUNDLED_MODELS and _HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
     data = ModelCardData(
         base_model=name if is_of_hub else None,
         library_name="qkmodel",
