@@ -34,7 +34,6 @@ class KneeRule:
     """Where on the front more active features begin to buy less KL: `pareto.knee`."""
 
     slug: str = "knee"
-    words: str = "is on it"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
         return front[knee([_point(one) for one in front])] if front else None
@@ -149,7 +148,8 @@ def _choose_training(statuses: Sequence[StudyStatus], rule: TrainingRule, layer:
 
 def _what_there_is(status: StudyStatus, rule: FrontRule) -> str:
     front = status.front
-    if not front:
+    # whatever is on a front, it has a knee
+    if isinstance(rule, KneeRule) or not front:
         return f"{status.title}: the front is empty; nothing has finished inside the feasible box yet"
     recovered = [one.metrics["kl_recovered"] for one in front]
     return (
