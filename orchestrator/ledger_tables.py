@@ -71,6 +71,14 @@ class Study:
         """Whether the latest start of the sweep asked for it."""
         return self.tokens_planned is not None
 
+    @property
+    def reference_point(self) -> tuple[float, float]:
+        """(l0 cap, kl_baseline), up to which hypervolumes count. Raises Unreadable where nobody recorded it."""
+        values = [self.reference.get(name) for name in ("l0_cap", "kl_baseline")]
+        if not all(isinstance(value, int | float) and math.isfinite(value) and value > 0 for value in values):
+            raise Unreadable(f"study {self.study_id}: its reference cannot be read")
+        return values[0], values[1]
+
 
 @dataclass(frozen=True)
 class Training:

@@ -56,14 +56,19 @@ class StudyStatus:
 
 
 def study_statuses(ledger: Ledger, studies: list[str] | None = None) -> list[StudyStatus]:
-    """All studies of a sweep, or those named, by layer."""
-    all_studies = ledger.studies()
-    titles = study_titles(all_studies)
-    return [
-        _study_status(ledger, study, titles[study.study_id])
-        for study in all_studies
-        if studies is None or study.study_id in studies
-    ]
+    """All studies of a sweep, or those named, by layer.
+
+    Raises InputError when the ledger does not say what a front is measured against.
+    """
+    # what cannot be read is the ledger's to report
+    with ledger.transaction():
+        all_studies = ledger.studies()
+        titles = study_titles(all_studies)
+        return [
+            _study_status(ledger, study, titles[study.study_id])
+            for study in all_studies
+            if studies is None or study.study_id in studies
+        ]
 
 
 def _study_status(ledger: Ledger, study: Study, title: str) -> StudyStatus:
@@ -76,7 +81,7 @@ def _area(study: Study, front: list[Training]) -> float:
     if not front:
         return 0.0
     points = [(one.metrics["l0"], one.metrics["kl"]) for one in front]
-    return hypervolume(points, (study.reference["l0_cap"], study.reference["kl_baseline"]))
+    return hypervolume(points, study.reference_point)
 
 
 class HypervolumesInTime:
