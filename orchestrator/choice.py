@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from orchestrator.ledger_tables import Training
-from orchestrator.pareto import knee
+from orchestrator.objectives import OBJECTIVES
+from orchestrator.pareto import knee, point_of
 from orchestrator.status import StudyStatus
 from qkmodel.errors import InputError
+from qkmodel.tasks import Task
 
 # `l0=16` takes up to 17.6: where l0 is steered to a target, it ends a few per cent beside it
 L0_TOLERANCE = Fraction(1, 10)
-RULES = "knee, l0=16, kl_recovered>=0.95 or training=ID"
+RULES = "knee, l0=16 (of pair masks: pairs=9000), kl_recovered>=0.95 or training=ID"
 
 _DIGITS_OF_ID = 8
+# what rules call what a front has few of
+_SIZES: dict[Task, str] = {"transcoder": "l0", "pair_mask": "pairs"}
 _RULE = re.compile(
-    r"(knee)|l0=(\d{1,7}(?:\.\d{1,4})?)|kl_recovered>=(\d(?:\.\d{1,6})?)|training=([0-9a-zA-Z_-]+)", re.A
+    r"(knee)|(l0|pairs)=(\d{1,9}(?:\.\d{1,4})?)|kl_recovered>=(\d(?:\.\d{1,6})?)|training=([0-9a-zA-Z_-]+)", re.A
 )
 
 
@@ -34,38 +38,38 @@ class KneeRule:
     """Where on the front more active features begin to buy less KL: `pareto.knee`."""
 
     slug: str = "knee"
-    words: str = "is on it"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
-        return front[knee([_point(one) for one in front])] if front else None
+        return front[knee([point_of(one) for one in front])] if front else None
 
 
 @dataclass(frozen=True)
-class L0Rule:
-    """The lowest kl of those with at most so many active features per token, a tenth more allowed."""
+class SizeRule:
+    """The lowest kl of those with at most so many active features per token, a tenth more allowed, or so many pairs."""
 
-    l0: Fraction
+    task: Task
+    most: Fraction
 
     @property
     def limit(self) -> float:
-        return float(self.l0 * (1 + L0_TOLERANCE))
+        return float(self.most * (1 + L0_TOLERANCE) if self.task == "transcoder" else self.most)
 
     @property
     def slug(self) -> str:
-        return f"l0-{_number(self.l0)}"
+        return f"{_SIZES[self.task]}-{_number(self.most)}"
 
     @property
     def words(self) -> str:
-        return f"has l0 ≤ {self.limit:g}"
+        return f"has {OBJECTIVES[self.task].size} ≤ {self.limit:g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
-        inside = [one for one in front if one.metrics["l0"] <= self.limit]
-        return min(inside, key=lambda one: (one.metrics["kl"], one.number), default=None)
+        inside = [one for one in front if point_of(one)[0] <= self.limit]
+        return min(inside, key=lambda one: (point_of(one)[1], one.number), default=None)
 
 
 @dataclass(frozen=True)
 class RecoveredRule:
-    """The lowest l0 of those that recover at least this share of the baseline's KL."""
+    """The lowest l0, or the fewest pairs, of those that recover at least this share of the baseline's KL."""
 
     share: Fraction
 
@@ -78,8 +82,8 @@ class RecoveredRule:
         return f"has kl_recovered ≥ {float(self.share):g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
-        inside = [one for one in front if one.metrics["kl_recovered"] >= float(self.share)]
-        return min(inside, key=lambda one: (one.metrics["l0"], one.number), default=None)
+        inside = [one for one in front if _recovered(one) >= float(self.share)]
+        return min(inside, key=lambda one: (point_of(one)[0], one.number), default=None)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class TrainingRule:
     training_id: str
 
 
-FrontRule = KneeRule | L0Rule | RecoveredRule
+FrontRule = KneeRule | SizeRule | RecoveredRule
 Rule = FrontRule | TrainingRule
 
 
@@ -102,13 +106,13 @@ def parse_rule(text: str) -> Rule:
     found = _RULE.fullmatch(text)
     if found is None:
         raise InputError(f"--rule: {text[:80]!r} is none; write {RULES}")
-    _, l0, share, training = found.groups()
-    if l0 is not None and Fraction(l0) < 1:
-        raise InputError(f"--rule: {text}: fronts begin at l0 1; write l0=1 or more")
+    _, size, most, share, training = found.groups()
+    if most is not None and Fraction(most) < 1:
+        raise InputError(f"--rule: {text}: fronts begin at {size} 1; write {size}=1 or more")
     if share is not None and not 0 < Fraction(share) <= 1:
         raise InputError(f"--rule: {text}: kl_recovered is a share; write a number up to 1, for example 0.95")
-    if l0 is not None:
-        return L0Rule(Fraction(l0))
+    if most is not None:
+        return SizeRule("transcoder" if size == _SIZES["transcoder"] else "pair_mask", Fraction(most))
     if share is not None:
         return RecoveredRule(Fraction(share))
     return KneeRule() if training is None else TrainingRule(training)
@@ -126,6 +130,9 @@ def apply_rule(statuses: Sequence[StudyStatus], rule: Rule, layer: int | None = 
     if not wanted:
         layers = ", ".join(str(status.study.layer) for status in current) or "none"
         raise InputError(f"--layer: the sweep has no such layer as of its latest start; it has {layers}")
+    if isinstance(rule, SizeRule) and any(status.study.task != rule.task for status in wanted):
+        other = "transcoder" if rule.task == "pair_mask" else "pair_mask"
+        raise InputError(f"--rule: {_SIZES[rule.task]} is not measured in this sweep; write {_SIZES[other]}=…")
     picked = [(status, rule.pick(status.front)) for status in wanted]
     if misses := [_what_there_is(status, rule) for status, training in picked if training is None]:
         raise InputError("; ".join(misses))
@@ -149,17 +156,16 @@ def _choose_training(statuses: Sequence[StudyStatus], rule: TrainingRule, layer:
 
 def _what_there_is(status: StudyStatus, rule: FrontRule) -> str:
     front = status.front
-    if not front:
+    # whatever is on a front, it has a knee
+    if isinstance(rule, KneeRule) or not front:
         return f"{status.title}: the front is empty; nothing has finished inside the feasible box yet"
-    recovered = [one.metrics["kl_recovered"] for one in front]
-    return (
-        f"{status.title}: no training on the front {rule.words}; it offers l0 {front[0].metrics['l0']:.4g} to "
-        f"{front[-1].metrics['l0']:.4g} and kl_recovered {min(recovered):.4g} to {max(recovered):.4g}"
-    )
+    recovered, sizes = [_recovered(one) for one in front], [point_of(one)[0] for one in front]
+    size = front[0].objectives.size
+    return f"{status.title}: no training on the front {rule.words}; it offers {size} {sizes[0]:.6g} to {sizes[-1]:.6g} and kl_recovered {min(recovered):.4g} to {max(recovered):.4g}"
 
 
-def _point(training: Training) -> tuple[float, float]:
-    return training.metrics["l0"], training.metrics["kl"]
+def _recovered(training: Training) -> float:
+    return training.metrics[training.objectives.recovered]
 
 
 def _number(value: Fraction) -> str:

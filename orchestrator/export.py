@@ -1,11 +1,11 @@
-"""A chosen dictionary as a folder that a model hub takes: its three files as they are, and a model card."""
+"""A chosen dictionary as a folder that a model hub takes: its files as they are, and a model card."""
 
 from pathlib import Path
 
 from orchestrator.choice import Choice
 from orchestrator.ledger import Ledger
 from orchestrator.model_card import model_card
-from qkmodel.dictionary import FILES, load_dictionary
+from qkmodel.dictionary import files_of, load_dictionary
 from qkmodel.files import new_folder, write_atomically
 
 CARD_FILE = "README.md"
@@ -20,6 +20,6 @@ def export_dictionary(ledger: Ledger, choice: Choice, output: Path) -> None:
     dictionary = ledger.folder / choice.training.dictionary
     config = load_dictionary(dictionary, choice.training.dictionary_sha256).config
     with new_folder(output) as partial:
-        for name in FILES:
+        for name in files_of(config):
             write_atomically(partial / name, (dictionary / name).read_bytes())
         write_atomically(partial / CARD_FILE, model_card(ledger.sweep(), choice, config).encode())

@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from orchestrator.ledger_file import LedgerFile
-from orchestrator.ledger_tables import Study, StudyRow, SweepRecord, SweepRow, finite_or_none, own_fields
+from orchestrator.ledger_tables import Study, StudyRow, SweepRecord, SweepRow, Unreadable, finite_or_none, own_fields
 from qkmodel.errors import InputError
 
 
@@ -102,6 +102,13 @@ class StudyRecords(LedgerFile):
                 raise KeyError(study_id)
 
     def studies(self) -> list[Study]:
+        """All studies, by layer. Raises InputError when one's reference is no mapping."""
         with self.transaction() as session:
             rows = session.scalars(select(StudyRow).order_by(StudyRow.layer, StudyRow.created))
-            return [Study(**own_fields(row, Study)) for row in rows]
+            return [Study(**own_fields(_checked(row), Study)) for row in rows]
+
+
+def _checked(row: StudyRow) -> StudyRow:
+    if not isinstance(row.reference, dict):
+        raise Unreadable(f"study {row.study_id}: its reference cannot be read")
+    return row

@@ -43,6 +43,11 @@ class SweepRecord:
     facts: dict[str, dict[str, Any]]
     created: datetime
 
+    @property
+    def run_tag(self) -> str:
+        """Tells its parent run in MLflow from those of sweeps of the same name: in another storage, or begun afresh."""
+        return f"{self.name} {self.created.isoformat()}"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -68,6 +73,18 @@ class Study:
     def is_current(self) -> bool:
         """Whether the latest start of the sweep asked for it."""
         return self.tokens_planned is not None
+
+    @property
+    def reference_point(self) -> tuple[float, float]:
+        """(cap of l0 or of pairs, kl_baseline), up to which hypervolumes count.
+
+        Raises Unreadable where nobody recorded it.
+        """
+        cap = OBJECTIVES[self.task].cap if self.task in OBJECTIVES else ""
+        values = [self.reference.get(name) for name in (cap, "kl_baseline")]
+        if not all(isinstance(value, int | float) and math.isfinite(value) and value > 0 for value in values):
+            raise Unreadable(f"study {self.study_id}: its reference cannot be read")
+        return values[0], values[1]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -11,10 +12,15 @@ from orchestrator.ledger_tables import SweepRecord, Training
 from qkmodel.dictionary import DictionaryConfig
 from qkmodel.model_description import BUNDLED_MODELS
 
-# owner/name, as hubs call models; a local folder is none
+# owner/name, as hubs call models
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 _BOTH_WAYS = ("kl", "kl_query", "kl_key", "kl_baseline", "kl_recovered")
+_ONCE_OF_MASKS = (
+    *("kl", "kl_masked", "kl_no_pairs", "kl_baseline", "mask_recovered", "pairs_kept", "pairs_share"),
+    *("pairs_share_active", "pairs_for_90", "variance_share", "unpaired_query", "unpaired_key", "ce_recovered"),
+)
 _ONCE = ("l0", "l0_query", "l0_key", "top1", "max_error", "dead_query", "dead_key", "ce_recovered")
+_FRONT_OF_MASKS = ("pairs_kept", "kl_masked", "kl_masked_recovered", "mask_recovered", "ce_recovered")
 _FRONT = ("l0", "kl", "kl_recovered", "kl_recovered_no_bos", "top1", "ce_recovered")
 
 
@@ -24,14 +30,13 @@ def model_card(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> 
         f"---\n{_front_matter(config)}\n---",
         f"# Query and key transcoders of {_code(config.model.config.name)}, layer {config.model.layer}",
         _what_it_is(config),
+        *([] if config.pair_mask is None else [_what_is_kept(config)]),
         "## Metrics",
-        _how_measured(config),
-        _table(("", "all positions", "without BOS"), [_both_ways(config, name) for name in _BOTH_WAYS]),
-        _table(("", "value"), [(_code(name), _figure(config.metrics.get(name))) for name in _ONCE]),
+        *_metrics(config),
         "## The front it comes from",
         f"Chosen as {_code(choice.alias)} from {choice.status.counts['finished']:,} finished trainings, of which these "
-        "are Pareto-optimal in KL and active features per token (`l0`):",
-        _table(("", *_FRONT, "training"), [_member(one, choice.training) for one in _shown(choice)]),
+        f"are Pareto-optimal in {_code(choice.training.objectives.kl)} and {choice.training.objectives.size_label}:",
+        _table(("", *_front(choice.training), "training"), [_member(one, choice.training) for one in _shown(choice)]),
         "## How to load it",
         _how_to_load(choice.training),
         "## Where it comes from",
@@ -42,7 +47,8 @@ def model_card(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> 
 
 def _front_matter(config: DictionaryConfig) -> str:
     name = config.model.config.name
-    is_of_hub = name not in BUNDLED_MODELS and _HUB_NAME.fullmatch(name) is not None
+    # the name of a local folder may look the same
+    is_of_hub = name not in BUNDLED_MODELS and _HUB_NAME.fullmatch(name) is not None and not Path(name).is_dir()
     data = ModelCardData(
         base_model=name if is_of_hub else None,
         library_name="qkmodel",
@@ -63,6 +69,31 @@ def _what_it_is(config: DictionaryConfig) -> str:
         f"{config.training.tokens:,} tokens of {_code(config.corpus.config.name)} in sequences of "
         f"{config.corpus.config.context}, {opened}."
     )
+
+
+def _what_is_kept(config: DictionaryConfig) -> str:
+    mask = config.pair_mask
+    decoders = "their decoders trained along" if mask.hyperparameters.joint else "their decoders unchanged"
+    return (
+        f"Of their pairs {config.metrics['pairs_kept']:,.0f} are kept ({config.metrics['pairs_share']:.2%} of all, "
+        f"{_code('pairs.safetensors')}), {decoders}: a query feature and a key feature make a head attend only where "
+        f"the pair is among that head's. The pairs are those of the dictionary {_code(mask.source_sha256)}."
+    )
+
+
+def _metrics(config: DictionaryConfig) -> list[str]:
+    if config.pair_mask is not None:
+        rows = [(_code(name), _figure(config.metrics.get(name))) for name in _ONCE_OF_MASKS]
+        return [_how_measured(config), _table(("", "value"), rows)]
+    return [
+        _how_measured(config),
+        _table(("", "all positions", "without BOS"), [_both_ways(config, name) for name in _BOTH_WAYS]),
+        _table(("", "value"), [(_code(name), _figure(config.metrics.get(name))) for name in _ONCE]),
+    ]
+
+
+def _front(training: Training) -> tuple[str, ...]:
+    return _FRONT_OF_MASKS if training.task == "pair_mask" else _FRONT
 
 
 def _how_measured(config: DictionaryConfig) -> str:
@@ -116,7 +147,7 @@ def _shown(choice: Choice) -> list[Training]:
 
 def _member(training: Training, chosen: Training) -> tuple[str, ...]:
     mark = "**this**" if training.training_id == chosen.training_id else ""
-    return (mark, *(_figure(training.metrics.get(name)) for name in _FRONT), training.label)
+    return (mark, *(_figure(training.metrics.get(name)) for name in _front(training)), training.label)
 
 
 def _both_ways(config: DictionaryConfig, name: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlflow.artifacts
@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url, sqlite_file
@@ -36,19 +37,19 @@ from orchestrator.tracking_store import (
     tracking_address,
     unavailable,
 )
-from qkmodel.dictionary import FILES, Dictionary, DictionaryConfig
+from orchestrator.version_facts import SHA256_TAG, SWEEP_TAG, description, provenance
+from qkmodel.dictionary import FILES, PAIRS_FILE, Dictionary, DictionaryConfig, files_of
 from qkmodel.dictionary import load_dictionary as load_folder
 from qkmodel.errors import InputError
 from qkmodel.files import exclusive
 from qkmodel.model_description import model_slug
 
-SHA256_TAG = "qk.dictionary_sha256"
 MODEL_TYPE = "qk-transcoder"
 # what a table of versions shows of each; all of it is in the description
-_SHOWN_FACTS = ("qk.sweep", STUDY_TAG, TRAINING_TAG, SHA256_TAG)
-_SHOWN_METRICS = ("l0", "kl", "kl_recovered")
+_SHOWN_FACTS = (SWEEP_TAG, STUDY_TAG, TRAINING_TAG, SHA256_TAG)
 
-_REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))", re.ASCII)
+# databases that keep versions in 32 bits fail on larger ones
+_REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d{1,9}))", re.ASCII)
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 _ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 
@@ -72,15 +73,17 @@ class Registered:
 
 
 def registered_name(config: DictionaryConfig) -> str:
-    """`qk.smollm2-135m.L08`: one registered model per language model and layer."""
-    return f"qk.{model_slug(config.model.config)}.L{config.model.layer:02d}"
+    """`qk.smollm2-135m.L08`: one registered model per language model and layer, and `….L08.pairs` for masked ones."""
+    name = f"qk.{model_slug(config.model.config)}.L{config.model.layer:02d}"
+    return name if config.pair_mask is None else f"{name}.pairs"
 
 
 def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Sequence[Choice]) -> list[Registered]:
     """Register the chosen dictionaries, or find them registered, and point their aliases to them.
 
-    `tracking` and `storage` as in the sweep file. Raises InputError when a dictionary is damaged, before anything is
-    registered, and TrackingUnavailable when MLflow cannot take one now; that one then has neither version nor alias.
+    `tracking` and `storage` as in the sweep file. Raises InputError when a dictionary is damaged or a prompt of MLflow
+    has the name of one, before anything is registered, and TrackingUnavailable when MLflow cannot take one now; that
+    one then has neither version nor alias.
     """
     address, artifact_root = tracking_address(tracking, storage)
     folders = [ledger.folder / choice.training.dictionary for choice in choices]
@@ -91,7 +94,9 @@ def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Seque
     # against another `choose` on this machine: both would find no version and make one
     with _answered_in_one_line(address), exclusive(storage / LOCK_FILE, lambda holder: None):
         client = _connect(address)
-        registration = _Registration(client, ledger.sweep(), artifact_root)
+        for config in configs:
+            _refuse_prompt(client, address, registered_name(config))
+        registration = _Registration(client, address, ledger.sweep(), artifact_root)
         return [registration.of(*one) for one in zip(choices, folders, configs, strict=True)]
 
 
@@ -113,17 +118,13 @@ def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
         raise InputError(f"tracking: {redact_url(address)} {error}") from error
     if file is not None and not file.is_file():
         raise InputError(f"{file}: no tracking store here; give its address as tracking=, or set MLFLOW_TRACKING_URI")
-    with tempfile.TemporaryDirectory() as scratch:
-        with _answered_in_one_line(address):
-            client = _connect(address)
-            version = _look_up(client, address, reference, **found.groupdict())
-            source = client.get_model_version_download_uri(version.name, version.version)
-            for name in FILES:
-                mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+    with _answered_in_one_line(address):
+        client = _connect(address)
+        version = _look_up(client, address, reference, **found.groupdict())
         try:
-            return load_folder(scratch, version.tags[SHA256_TAG])
+            return _download(client, address, version)
         except InputError as error:
-            raise InputError(f"{reference}: {str(error).replace(f'{scratch}/', '')}") from error
+            raise InputError(f"{reference}: {error}") from error
 
 
 def chosen_record(
@@ -179,11 +180,36 @@ def _look_up(
     return found
 
 
+def _refuse_prompt(client: MlflowClient, address: str, name: str) -> None:
+    """Prompts lie in the same registry; MLflow makes versions under the name of one that nobody can load."""
+    if client.get_prompt(name) is not None:
+        raise InputError(
+            f"{name}: is the name of a prompt at {redact_url(address)}; delete the prompt, or give another tracking"
+        )
+
+
+def _download(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
+    """What a version holds. Raises InputError when its files are gone or are not those that were registered."""
+    source = client.get_model_version_download_uri(version.name, version.version)
+    # a download that fails does not tell a file that is gone from a store that does not answer
+    there = {PurePosixPath(one.path).name for one in mlflow.artifacts.list_artifacts(source, tracking_uri=address)}
+    if gone := [name for name in FILES if name not in there]:
+        raise InputError(f"{gone[0]} is gone from {redact_url(source)}; orchestrate choose registers it anew")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (*FILES, *({PAIRS_FILE} & there)):
+            mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+        try:
+            return load_folder(scratch, version.tags[SHA256_TAG])
+        except InputError as error:
+            raise InputError(str(error).replace(f"{scratch}/", "")) from error
+
+
 class _Registration:
     """Registers dictionaries of one sweep. `artifact_root` is None where a server decides."""
 
-    def __init__(self, client: MlflowClient, sweep: SweepRecord, artifact_root: str | None) -> None:
+    def __init__(self, client: MlflowClient, address: str, sweep: SweepRecord, artifact_root: str | None) -> None:
         self._client = client
+        self._address = address
         self._sweep = sweep
         self._artifact_root = artifact_root
         self._experiment = find_or_create_experiment(client, sweep.name, artifact_root)
@@ -191,24 +217,31 @@ class _Registration:
     def of(self, choice: Choice, folder: Path, config: DictionaryConfig) -> Registered:
         name, sha256 = registered_name(config), choice.training.dictionary_sha256
         found = self._client.search_model_versions(f"name = '{name}' and tags.`{SHA256_TAG}` = '{sha256}'")
-        version = found[0].version if found else self._make_version(name, choice, folder, config)
+        whole = next((one.version for one in found if self._is_whole(one)), None)
+        version = self._make_version(name, choice, folder, config) if whole is None else whole
         before = self._client.get_registered_model(name).aliases.get(choice.alias)
         self._client.set_registered_model_alias(name, choice.alias, version)
-        return Registered(name, str(version), choice.alias, not found, None if before is None else str(before))
+        return Registered(name, str(version), choice.alias, whole is None, None if before is None else str(before))
+
+    def _is_whole(self, version: ModelVersion) -> bool:
+        """Whether the store still has what was registered: its files may have been deleted or changed there."""
+        try:
+            _download(self._client, self._address, version)
+        except InputError:
+            return False
+        return True
 
     def _make_version(self, name: str, choice: Choice, folder: Path, config: DictionaryConfig) -> str:
         """Upload, and only then make the version. Where MLflow has the training's run, the version belongs to it."""
         client, training = self._client, choice.training
-        condition = f"tags.`{TRAINING_TAG}` = '{training.training_id}'"
-        runs = client.search_runs([self._experiment], condition, max_results=1)
-        run_id = runs[0].info.run_id if runs else None
-        facts = _provenance(self._sweep, choice, config)
+        run_id = self._run_of(training)
+        facts = provenance(self._sweep, choice, config)
         params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
         metrics = {key: value for key, value in without_heads(training.metrics).items() if value is not None}
         # names of logged models hold no points
         model = client.create_logged_model(self._experiment, name.replace(".", "-"), run_id, facts, params, MODEL_TYPE)
         try:
-            for file in FILES:
+            for file in files_of(config):
                 client.log_model_artifact(model.model_id, str(folder / file))
             if run_id is not None:
                 self._show_metrics(run_id, model.model_id, training, metrics)
@@ -219,8 +252,8 @@ class _Registration:
             raise
         _ensure_registered_model(client, name, choice.status.study)
         figures = {key: repr(value) for key, value in metrics.items()}
-        tags = {key: facts[key] for key in _SHOWN_FACTS} | {key: figures[key] for key in _SHOWN_METRICS}
-        text = _description(training, figures, params, facts)
+        tags = {key: facts[key] for key in _SHOWN_FACTS} | {key: figures[key] for key in _shown_metrics(training)}
+        text = description(training, figures, params, facts)
         if self._artifact_root is None:
             source = f"models:/{model.model_id}"
             made = client.create_model_version(name, source, run_id, tags, model_id=model.model_id, description=text)
@@ -229,11 +262,26 @@ class _Registration:
             made = client.create_model_version(name, model.artifact_location, run_id, tags, description=text)
         return made.version
 
+    def _run_of(self, training: Training) -> str | None:
+        """The training's run below this sweep's parent run: another storage's sweep may be in the same experiment."""
+        parent = self._find_run({SWEEP_TAG: self._sweep.run_tag})
+        return parent and self._find_run({MLFLOW_PARENT_RUN_ID: parent, TRAINING_TAG: training.training_id})
+
+    def _find_run(self, tags: Mapping[str, str]) -> str | None:
+        condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        found = self._client.search_runs([self._experiment], condition, max_results=1)
+        return found[0].info.run_id if found else None
+
     def _show_metrics(self, run_id: str, model_id: str, training: Training, metrics: Mapping[str, float]) -> None:
         """On the logged model's page. The run has the same points, and MLflow keeps one of equal ones."""
         ended, tokens = milliseconds(training.finished), training.tokens_done
         points = [Metric(key, value, ended, tokens, model_id=model_id) for key, value in metrics.items()]
         self._client.log_batch(run_id, metrics=points)
+
+
+def _shown_metrics(training: Training) -> tuple[str, ...]:
+    found = training.objectives
+    return found.size, found.kl, found.recovered
 
 
 def _ensure_registered_model(client: MlflowClient, name: str, study: Study) -> None:
@@ -242,27 +290,3 @@ def _ensure_registered_model(client: MlflowClient, name: str, study: Study) -> N
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _description(training: Training, *tables: Mapping[str, str]) -> str:
-    """Markdown, whose first line is what a table of versions shows of it."""
-    rows = ["| | |\n|---|---|\n" + "\n".join(f"| {key} | `{value}` |" for key, value in one.items()) for one in tables]
-    return "\n\n".join([training.label, *rows])
-
-
-def _provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> dict[str, str]:
-    """Where the dictionary comes from, as tags."""
-    study, training = choice.status.study, choice.training
-    facts = {
-        "qk.sweep": sweep.name,
-        STUDY_TAG: study.study_id,
-        TRAINING_TAG: training.training_id,
-        SHA256_TAG: training.dictionary_sha256,
-        "qk.layer": str(study.layer),
-        "qk.model": study.model,
-        "qk.model_weights_sha256": config.model.weights_sha256,
-        "qk.corpus": study.corpus,
-        "qk.corpus_sha256": config.corpus.sha256,
-        "qk.git_sha": config.git_sha,
-    }
-    return {name: value for name, value in facts.items() if value is not None}

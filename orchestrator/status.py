@@ -71,14 +71,19 @@ class StudyStatus:
 
 
 def study_statuses(ledger: Ledger, studies: list[str] | None = None) -> list[StudyStatus]:
-    """All studies of a sweep, or those named, by layer."""
-    all_studies = ledger.studies()
-    titles = study_titles(all_studies)
-    return [
-        _study_status(ledger, study, titles[study.study_id])
-        for study in all_studies
-        if studies is None or study.study_id in studies
-    ]
+    """All studies of a sweep, or those named, by layer.
+
+    Raises InputError when the ledger does not say what a front is measured against.
+    """
+    # what cannot be read is the ledger's to report
+    with ledger.transaction():
+        all_studies = ledger.studies()
+        titles = study_titles(all_studies)
+        return [
+            _study_status(ledger, study, titles[study.study_id])
+            for study in all_studies
+            if studies is None or study.study_id in studies
+        ]
 
 
 def _study_status(ledger: Ledger, study: Study, title: str) -> StudyStatus:
@@ -90,8 +95,7 @@ def _study_status(ledger: Ledger, study: Study, title: str) -> StudyStatus:
 def _area(study: Study, front: list[Training]) -> float:
     if not front:
         return 0.0
-    cap = study.reference[front[0].objectives.cap]
-    return hypervolume([point_of(one) for one in front], (cap, study.reference["kl_baseline"]))
+    return hypervolume([point_of(one) for one in front], study.reference_point)
 
 
 class HypervolumesInTime:

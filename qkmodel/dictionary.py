@@ -134,13 +134,16 @@ def _to_json(config: DictionaryConfig) -> bytes:
     return config.model_dump_json(indent=1).encode()
 
 
-def read_dictionary_config(folder: Path) -> tuple[DictionaryConfig, str]:
+def read_dictionary_config(folder: Path, sha256: str | None = None) -> tuple[DictionaryConfig, str]:
     """What a dictionary's folder says of it, and its SHA-256; nothing else in the folder is looked at.
 
-    Raises InputError naming the file when it is missing or cannot be read.
+    Raises InputError naming the file when it is missing, cannot be read, or has another hash than `sha256`.
     """
     content = _read(folder / CONFIG_FILE)
-    return _parse_config(folder / CONFIG_FILE, content), _sha256(content)
+    found = _sha256(content)
+    if sha256 is not None and found != sha256:
+        raise InputError(f"{folder / CONFIG_FILE}: hash is {found[:12]}…, recorded was {sha256[:12]}…")
+    return _parse_config(folder / CONFIG_FILE, content), found
 
 
 def load_dictionary(folder: Path | str, sha256: str | None = None) -> Dictionary:
@@ -150,9 +153,7 @@ def load_dictionary(folder: Path | str, sha256: str | None = None) -> Dictionary
     trusted. Raises InputError naming the file when something is missing, damaged, tampered with or does not fit.
     """
     folder = Path(folder)
-    config, found = read_dictionary_config(folder)
-    if sha256 is not None and found != sha256:
-        raise InputError(f"{folder / CONFIG_FILE}: hash is {found[:12]}…, recorded was {sha256[:12]}…")
+    config, _ = read_dictionary_config(folder, sha256)
     tensors = {name: _checked_tensors(folder / name, config) for name in (TRANSCODER_FILE, ATTENTION_FILE)}
     attention = AttentionLayer.from_tensors(config.geometry, tensors[ATTENTION_FILE])
     with torch.device("meta"):

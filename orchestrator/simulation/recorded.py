@@ -65,18 +65,18 @@ def read_recorded_sweep(ledger: Ledger) -> RecordedSweep:
     training, context = config["training"], config["corpus"]["context"]
     per_step = training["batch_sequences"] * context
     studies, outside = [], 0
-    for study in ledger.studies():
-        if not (study.is_current and study.reference):
-            continue
-        finished = ledger.trainings(study.study_id, "finished")
-        inside = [
-            one for one in finished if any(contains(each, canonical(one.hyperparameters)) for each in search.space)
-        ]
-        outside += len(finished) - len(inside)
-        reference = (study.reference["l0_cap"], study.reference["kl_baseline"])
-        studies.append(
-            RecordedStudy(study.study_id, study.layer, reference, [_recorded(ledger, one) for one in inside])
-        )
+    # what cannot be read is the ledger's to report
+    with ledger.transaction():
+        for study in ledger.studies():
+            if not (study.is_current and study.reference):
+                continue
+            finished = ledger.trainings(study.study_id, "finished")
+            inside = [
+                one for one in finished if any(contains(each, canonical(one.hyperparameters)) for each in search.space)
+            ]
+            outside += len(finished) - len(inside)
+            recorded = [_recorded(ledger, one) for one in inside]
+            studies.append(RecordedStudy(study.study_id, study.layer, study.reference_point, recorded))
     if not any(study.trainings for study in studies):
         raise InputError(
             f"{ledger.path}: no training of this sweep's present space has finished, so there is nothing to replay"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.choice import L0Rule, RecoveredRule, apply_rule, parse_rule
+from orchestrator.choice import RecoveredRule, SizeRule, apply_rule, parse_rule
 from orchestrator.ledger import Ledger, Training
 from orchestrator.pareto import front_trainings
 from orchestrator.status import StudyStatus, study_statuses
@@ -195,6 +195,6 @@ def test_an_empty_front_is_said(tmp_path: Path) -> None:
 
 def test_the_bound_itself_is_met() -> None:
     front = front_of([(17.6, 0.1), (17.7, 0.05)])
-    assert L0Rule(parse_rule("l0=16").l0).pick(front).metrics["l0"] == 17.6
+    assert SizeRule("transcoder", parse_rule("l0=16").most).pick(front).metrics["l0"] == 17.6
     exact = front_of([(8.0, 0.1)])
     assert RecoveredRule(parse_rule("kl_recovered>=0.95").share).pick(exact) is exact[0]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -318,6 +320,17 @@ def test_a_choice_that_cannot_be_made_is_one_line_and_changes_nothing(
     assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
     assert words in ran.stderr
     assert sorted(swept.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["choose", "fronts", "status"])
+def test_an_edited_reference_is_one_line(swept: Path, tmp_path: Path, command: str) -> None:
+    shutil.copytree(swept / "runs", tmp_path / "runs")
+    with sqlite3.connect(tmp_path / "runs" / "small" / LEDGER_FILE) as database:
+        database.execute("UPDATE studies SET reference = '{}'")
+    database.close()
+    ran = orchestrate(command, "small", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
+    assert "is damaged (study late: its reference cannot be read)" in ran.stderr
 
 
 def test_a_port_in_use_is_refused(swept: Path) -> None:

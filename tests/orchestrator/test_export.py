@@ -102,6 +102,16 @@ def test_the_base_model_is_named_where_hubs_have_it(ledger: Ledger, name: str, b
     assert front_matter(card).get("base_model") == base_model
 
 
+def test_a_local_folder_that_reads_like_a_hub_name_is_no_base_model(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "smol").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    choice = chosen(ledger)
+    config = config_of(ledger, choice, model={"config": ModelConfig(name="models/smol")})
+    assert "base_model" not in front_matter(model_card(ledger.sweep(), choice, config))
+
+
 def test_names_cannot_break_out_of_the_card(ledger: Ledger) -> None:
     choice = chosen(ledger)
     corpus = {"config": CorpusConfig(name="a`b``c | <script>"), "bos": "\n---\n|`"}

@@ -15,10 +15,11 @@ from mlflow import MlflowClient
 from orchestrator import load_dictionary
 from orchestrator.choice import apply_rule, parse_rule
 from orchestrator.ledger import Ledger
-from orchestrator.registry import SHA256_TAG, Registered, chosen_record, register
+from orchestrator.registry import Registered, chosen_record, register
 from orchestrator.status import study_statuses
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_store import TrackingUnavailable
+from orchestrator.version_facts import SHA256_TAG
 from qkmodel import load_dictionary as load_folder
 from qkmodel.errors import InputError
 from tests.orchestrator.dictionaries import FRONT, make_sweep
@@ -170,6 +171,25 @@ def test_what_was_changed_in_the_store_is_refused(storage: Path, ledger: Ledger,
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("harm", ["one file gone", "all files gone", "changed"])
+def test_choosing_again_sends_files_that_the_store_has_lost(storage: Path, ledger: Ledger, harm: str) -> None:
+    choose(ledger)
+    folder = uploaded(storage)
+    if harm == "one file gone":
+        (folder / "attention.safetensors").unlink()
+    elif harm == "all files gone":
+        shutil.rmtree(folder)
+    else:
+        (folder / "attention.safetensors").write_bytes(b"changed")
+    if harm != "changed":
+        with pytest.raises(InputError, match=rf"^{KNEE}: \S+ is gone from file:.*; orchestrate choose") as refused:
+            load_dictionary(KNEE)
+        assert "\n" not in str(refused.value)
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=True, alias_was="1")
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=False, alias_was="2")
+    assert_same_dictionary(KNEE, ledger, MIDDLE)
+
+
 def test_a_forgery_that_is_consistent_in_itself_is_refused(storage: Path, ledger: Ledger) -> None:
     """A whole other dictionary in the place of the registered one."""
     choose(ledger)
@@ -202,11 +222,53 @@ def test_an_upload_that_fails_leaves_neither_version_nor_alias(storage: Path, le
     assert_same_dictionary(KNEE, ledger, MIDDLE)
 
 
+def counts(storage: Path) -> dict[str, int]:
+    """Rows of MLflow's tables that choosing adds to."""
+    names = ("experiments", "logged_models", "registered_models", "model_versions", "registered_model_aliases")
+    with sqlite3.connect(storage / "mlflow.db") as database:
+        return {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
+
+
+def test_a_name_that_a_prompt_has_is_refused_and_nothing_created(storage: Path) -> None:
+    """The prompt has the second layer's name: the first is not registered either."""
+    make_sweep(storage, fronts={4: {"eeee000000000004": (8.0, 0.2)}, 8: FRONT})
+    client_of(storage).register_prompt(NAME, "a prompt")
+    before = counts(storage)
+    ran = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "choose", "small"], cwd=storage.parent, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
+    assert ran.stderr.startswith(f"error: {NAME}: is the name of a prompt at sqlite:///{storage}/mlflow.db")
+    assert counts(storage) == before
+    assert not (storage / "mlflow-artifacts").exists()
+
+
+@pytest.mark.parametrize("own", ["first delivered", "last delivered"])
+def test_a_version_belongs_to_the_run_of_its_own_storage(
+    storage: Path, ledger: Ledger, tmp_path: Path, own: str
+) -> None:
+    """Two storages, each with a sweep of the same name and the same trainings, track into one experiment."""
+    address = f"sqlite:///{storage}/mlflow.db"
+    other = make_sweep(tmp_path / "other", tracking=address)
+    Tracker(address, storage, ledger).deliver()
+    Tracker(address, tmp_path / "other", other).deliver()
+    mine = ledger if own == "first delivered" else other
+    choose(mine, tracking=address)
+    client = client_of(storage)
+    run = client.get_run(client.get_model_version_by_alias(NAME, "knee").run_id)
+    assert run.data.tags["qk.training_id"] == MIDDLE
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["qk.sweep"] == f"small {mine.sweep().created.isoformat()}"
+
+
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
         (f"models:/{NAME}@nobody", "not in the registry"),
         (f"models:/{NAME}/99", "not in the registry"),
+        (f"models:/{NAME}/999999999", "not in the registry"),
+        (f"models:/{NAME}/9999999999", "names no dictionary"),
+        (f"models:/{NAME}/{10**30}", "names no dictionary"),
         ("models:/qk.other.L08@knee", "not in the registry"),
         ("models:/foreign@knee", f"no tag {SHA256_TAG}"),
         (NAME, "names no dictionary"),
@@ -319,9 +381,12 @@ def test_a_real_server(tmp_path: Path, migrated: bytes, monkeypatch: pytest.Monk
             load_dictionary(KNEE, address)
         for weights in tmp_path.glob("server-artifacts/**/transcoder.safetensors"):
             weights.unlink()
-        with pytest.raises(TrackingUnavailable, match=r"transcoder\.safetensors") as caught:
+        with pytest.raises(InputError, match=rf"^{KNEE}: transcoder\.safetensors is gone from mlflow-a") as gone:
             load_dictionary(KNEE, address)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(gone.value)
+        assert choose(ledger, tracking=address) == Registered(NAME, "3", "knee", is_new=True, alias_was="1")
+        assert choose(ledger, tracking=address) == Registered(NAME, "3", "knee", is_new=False, alias_was="3")
+        assert_same_dictionary(KNEE, ledger, MIDDLE, address)
     with sqlite3.connect(tmp_path / "server.db") as connection:
         before = connection.execute("SELECT * FROM registered_model_aliases").fetchall()
     ran = subprocess.run(

@@ -12,6 +12,7 @@ from orchestrator.search.space import Range
 from orchestrator.simulation.policy import Policy
 from orchestrator.simulation.recorded import RecordedSweep, read_recorded_sweep
 from orchestrator.simulation.replay import distance, replay
+from qkmodel.errors import InputError
 from tests.orchestrator.test_cli import orchestrate
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "search_table.sqlite.gz"
@@ -84,6 +85,16 @@ def test_what_an_edited_file_no_longer_asks_for_is_left_out_and_said(ledger_file
     policy.write_text("{tokens: 5_000_000}")
     done = orchestrate("simulate", str(edited), "--policy", str(policy), cwd=tmp_path)
     assert done.returncode == 0 and "finished trainings outside the sweep's present search.space" in done.stderr
+
+
+def test_an_edited_reference_is_called_damage(ledger_file: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "ledger.sqlite"
+    edited.write_bytes(ledger_file.read_bytes())
+    with sqlite3.connect(edited) as database:
+        database.execute("""UPDATE studies SET reference = '{"kl_baseline": 2}'""")
+    database.close()
+    with pytest.raises(InputError, match=r"is damaged \(study \S+: its reference cannot be read\)"):
+        read_recorded_sweep(Ledger.open_existing(edited))
 
 
 def test_a_sampler_that_cannot_search_the_space_is_refused(ledger_file: Path, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """A sweep in figures: what counts, after its file was edited."""
 
+import sqlite3
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.ledger import Ledger
 from orchestrator.pareto import front_trainings, hypervolume
 from orchestrator.status import HypervolumesInTime, status_record
+from qkmodel.errors import InputError
 
 POINT = {"dictionary_size": 512, "activation": "topk", "k": 16, "learning_rate": 3e-3, "seed": 0}
 
@@ -63,3 +66,23 @@ def test_hypervolumes_are_those_of_all_that_had_finished(
         points = [[(one.metrics["l0"], one.metrics["kl"]) for one in front] for front in fronts]
         assert grown.values == [hypervolume(one, (128.0, 2.0)) for one in points]
         ledger.close()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["{}", "[]", "null", "3", '{"kl_baseline": 2.0}', '{"kl_baseline": "2", "l0_cap": 128}', '{"l0_cap": null}'],
+)
+def test_a_reference_that_nobody_wrote_is_called_damage(tmp_path: Path, reference: str) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.open_sweep("s", {}, None, {})
+    ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
+    ledger.add_training("study", "one", POINT, 1000)
+    ledger.finish("one", {"kl": 0.1, "l0": 8.0, "kl_recovered": 0.9}, "where", "hash")
+    with sqlite3.connect(ledger.path) as database:
+        database.execute("UPDATE studies SET reference = ?", [reference])
+    database.close()
+    with pytest.raises(
+        InputError, match=r"is damaged \(study study: its reference .*put a copy of it there"
+    ) as refused:
+        status_record(ledger)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,35 @@
+"""What a registered version says of itself in MLflow: where its dictionary comes from, as tags and as a description."""
+
+from collections.abc import Mapping
+
+from orchestrator.choice import Choice
+from orchestrator.ledger_tables import SweepRecord, Training
+from orchestrator.tracking_store import STUDY_TAG, TRAINING_TAG
+from qkmodel.dictionary import DictionaryConfig
+
+SHA256_TAG = "qk.dictionary_sha256"
+SWEEP_TAG = "qk.sweep"
+
+
+def description(training: Training, *tables: Mapping[str, str]) -> str:
+    """Markdown, whose first line is what a table of versions shows of it."""
+    rows = ["| | |\n|---|---|\n" + "\n".join(f"| {key} | `{value}` |" for key, value in one.items()) for one in tables]
+    return "\n\n".join([training.label, *rows])
+
+
+def provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> dict[str, str]:
+    """Where the dictionary comes from, as tags."""
+    study, training = choice.status.study, choice.training
+    facts = {
+        SWEEP_TAG: sweep.name,
+        STUDY_TAG: study.study_id,
+        TRAINING_TAG: training.training_id,
+        SHA256_TAG: training.dictionary_sha256,
+        "qk.layer": str(study.layer),
+        "qk.model": study.model,
+        "qk.model_weights_sha256": config.model.weights_sha256,
+        "qk.corpus": study.corpus,
+        "qk.corpus_sha256": config.corpus.sha256,
+        "qk.git_sha": config.git_sha,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
