@@ -161,7 +161,8 @@ def _what_there_is(status: StudyStatus, rule: FrontRule) -> str:
         return f"{status.title}: the front is empty; nothing has finished inside the feasible box yet"
     recovered, sizes = [_recovered(one) for one in front], [point_of(one)[0] for one in front]
     size = front[0].objectives.size
-    return f"{status.title}: no training on the front {rule.words}; it offers {size} {sizes[0]:.6g} to {sizes[-1]:.6g} and kl_recovered {min(recovered):.4g} to {max(recovered):.4g}"
+    offered = f"{size} {sizes[0]:.6g} to {sizes[-1]:.6g} and kl_recovered {min(recovered):.4g} to {max(recovered):.4g}"
+    return f"{status.title}: no training on the front {rule.words}; it offers {offered}"
 
 
 def _recovered(training: Training) -> float:

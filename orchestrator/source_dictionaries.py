@@ -116,7 +116,9 @@ def _fronts(ledger: Ledger, reference: str, layers: tuple[int, ...]) -> Iterator
             loss = find_loss(folder, training.dictionary_sha256)
             if loss is not None:
                 raise InputError(f"{_KEY}: {reference}: {loss}; start that sweep again, which trains it anew")
-            yield SourceDictionary(folder, training.dictionary_sha256, read_dictionary_config(folder)[0])
+            yield SourceDictionary(
+                folder, training.dictionary_sha256, read_dictionary_config(folder, training.dictionary_sha256)[0]
+            )
 
 
 def _check(reference: str, source: SourceDictionary, config: SweepConfig, model: ModelDescription) -> None:
