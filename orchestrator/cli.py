@@ -154,18 +154,34 @@ def explain(
         str, typer.Argument(metavar="DICTIONARY", help="A dictionary's folder, or models:/NAME@ALIAS.")
     ],
     head: Annotated[int, typer.Option(metavar="H", help="The head, counted from 0.", min=0)],
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model reads.")],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model reads.")] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", readable=False, help="The same from a file.")] = None,
     keys: Annotated[int, typer.Option(help="Positions attended to most, for each query position.", min=1)] = 2,
     pairs: Annotated[int, typer.Option(help="Pairs of features shown for each.", min=1)] = 4,
     tracking: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="MLflow's store, for models:/…; default: runs/mlflow.db.")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE", help="Write an HTML page too, with where the pairs meet in the corpus."),
+    ] = None,
+    storage: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where sweeps keep activations, for the corpus on that page.")
+    ] = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
     """The pairs of features behind a head's attention on a text; their contributions add up to the score."""
-    from orchestrator.explanation import explain, explanation_record, explanation_table, open_dictionary
+    from orchestrator.explanation import explain, explanation_record, explanation_table, open_dictionary, read_prompt
 
-    found, tokens = explain(open_dictionary(dictionary, tracking), head, prompt, keys, pairs)
+    words = read_prompt(prompt, text)
+    opened = open_dictionary(dictionary, tracking)
+    found, tokens, texts = explain(opened, head, words, keys, pairs)
+    if output is not None:
+        from orchestrator.report.explanation_page import write_explanation
+
+        for line in write_explanation(output, opened, found, tokens, texts, storage):
+            messages.print(line, markup=False, highlight=False, soft_wrap=True)
+        messages.print(f"written: {output}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         _print_json(explanation_record(found, tokens))
         return

@@ -1,6 +1,7 @@
 """Why a head attends where it does, on a text of the user's: `orchestrate explain`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from qkmodel.language_model import LanguageModel, load_language_model
 from qkmodel.pair_mask.explanation import Attended, HeadExplanation, explain_head
 from qkmodel.tokenizer import token_texts
 
+# token ids to texts
+TokenTexts = Callable[[Sequence[int]], list[str]]
+
 
 def open_dictionary(reference: str, tracking: str | None) -> Dictionary:
     """The dictionary in a folder, or the one that `models:/…` names. Raises InputError as these do."""
@@ -27,10 +31,25 @@ def open_dictionary(reference: str, tracking: str | None) -> Dictionary:
     return load_registered(reference, tracking)
 
 
+def read_prompt(prompt: str | None, text: Path | None) -> str:
+    """What was given on the command line, or stands in a file. Raises InputError where both or neither was."""
+    if (prompt is None) == (text is None):
+        raise InputError("--prompt: give the text, or --text with a file that holds it, and not both")
+    if text is None:
+        return prompt
+    try:
+        return text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--text: {text}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--text: {text}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
 def explain(
     dictionary: Dictionary, head: int, prompt: str, keys: int, pairs: int
-) -> tuple[HeadExplanation, Sequence[str]]:
-    """What the dictionary says of one head on a prompt, and the prompt's tokens, the opening one first.
+) -> tuple[HeadExplanation, Sequence[str], TokenTexts]:
+    """What the dictionary says of one head on a prompt, the prompt's tokens, the opening one first, and how the model
+    writes tokens.
 
     Raises InputError for a head that the layer does not have, a prompt that is empty or too long, and a model whose
     files are no longer those that the dictionary was trained on.
@@ -44,14 +63,15 @@ def explain(
         raise InputError("--prompt: is empty; give some words")
     # who wrote a dictionary cannot allow what only a user can
     harmless = config.model.config.model_copy(update={"trust_remote_code": False, "safetensors_only": True})
+    kept = None if dictionary.kept_pairs is None else dictionary.kept_pairs.pairs
     model = load_language_model(harmless)
     if model.description.weights_sha256 != config.model.weights_sha256:
         raise InputError(f"model {config.model.config.name}: is not the one that the dictionary was trained on")
     tokens = _tokens(model, config.corpus.bos or "", prompt)
     layer = config.geometry.layer
     x = model.attention_inputs(tokens, [layer])[layer][0]
-    found = explain_head(dictionary.transcoder, dictionary.attention, x, head, keys, pairs)
-    return found, token_texts(model.tokenizer, tokens[0].tolist())
+    found = explain_head(dictionary.transcoder, dictionary.attention, x, head, keys, pairs, kept)
+    return found, token_texts(model.tokenizer, tokens[0].tolist()), partial(token_texts, model.tokenizer)
 
 
 def _tokens(model: LanguageModel, bos: str, prompt: str) -> Int64[Tensor, "1 context"]:
@@ -68,7 +88,7 @@ def explanation_record(found: HeadExplanation, tokens: Sequence[str]) -> dict[st
 
 
 def _look_record(look: Attended) -> dict[str, Any]:
-    names = ("query", "key", "p", "p_hat", "score", "centred", "bias", "others")
+    names = ("query", "key", "p", "p_hat", "score", "centred", "bias", "others", "left_out")
     pairs = [
         {"query_feature": one.query_feature, "key_feature": one.key_feature, "contribution": one.contribution}
         for one in look.pairs

@@ -1,6 +1,5 @@
 """What a report shows of one dictionary on held-out text: activity of its features, patterns beside the model's own."""
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orchestrator.ledger_tables import Study, Training
-from orchestrator.plan_checks import CACHE_FOLDER
+from orchestrator.report.corpus_cache import cache_of_study
 from orchestrator.report.token_texts import TokenTexts
-from qkmodel.activations import ActivationCache, layer_part, read_manifest, shard_path
+from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import Dictionary, load_dictionary
-from qkmodel.errors import InputError
 from qkmodel.evaluation import reconstructed_pattern
 from qkmodel.feature_activity import FeatureActivity, feature_activity
 from qkmodel.pattern_comparison import EVALUATION_BATCH
@@ -54,7 +52,7 @@ def examine(sweep_folder: Path, study: Study, training: Training, studies: int, 
     gone or damaged.
     """
     dictionary = load_dictionary(sweep_folder / training.dictionary, training.dictionary_sha256)
-    cache = find_cache(sweep_folder.parent, study)
+    cache = cache_of_study(sweep_folder.parent, study)
     geometry = dictionary.config.geometry
     sequences = range(min(SENTENCES, dictionary.config.training.validation_sequences))
     shown = min(cache.context, tokens_that_fit(geometry.n_heads, studies))
@@ -69,29 +67,6 @@ def examine(sweep_folder: Path, study: Study, training: Training, studies: int, 
     ]
     activity = feature_activity(dictionary.transcoder, _batches(cache, dictionary))
     return DictionaryFacts(geometry.n_heads, activity, sentences)
-
-
-def find_cache(storage: Path, study: Study) -> ActivationCache:
-    """The activation cache with the study's validation sequences.
-
-    Which element type its forward pass multiplied in was the machine's choice, so caches are looked through instead of
-    one being named. Raises InputError when there is none.
-    """
-    identity = study.identity
-    wanted = {name: identity.get(name) for name in ("weights_sha256", "tokenizer_sha256", "dtype", "seed")}
-    corpus = identity.get("corpus", {})
-    wanted |= {name: corpus.get(name) for name in ("bos", "context", "validation_documents")}
-    wanted["corpus_sha256"] = corpus.get("sha256")
-    for folder in sorted((storage / CACHE_FOLDER).glob("*/")):
-        # a folder that is no cache, or one of another version, is not the one that is looked for
-        with contextlib.suppress(InputError):
-            manifest = read_manifest(folder)
-            if manifest is None or shard_path(layer_part(study.layer), "validation", 0) not in manifest.shards:
-                continue
-            key = manifest.key.model_dump()
-            if all(key[name] == value for name, value in wanted.items()):
-                return ActivationCache(folder, manifest)
-    raise InputError(f"{storage / CACHE_FOLDER} has no activations of it; start the sweep again to have them built")
 
 
 def tokens_that_fit(n_heads: int, studies: int) -> int:

@@ -1,12 +1,16 @@
 """Why one position of a text attends to another: the pairs of features that its score is the sum of."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
+from qkmodel.pair_mask.masked_scores import masked_sums
+from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.score_terms import SequenceCodes, final_scores, score_terms, sequence_codes
 from qkmodel.transcoder import QKTranscoder
 
@@ -19,6 +23,10 @@ class Pair:
     key_feature: int
     contribution: float
 
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.query_feature, self.key_feature
+
 
 @dataclass(frozen=True)
 class Attended:
@@ -26,7 +34,8 @@ class Attended:
 
     `score` (before soft-cap) = `bias` + the contributions of all active pairs, of which `pairs` are the largest in size
     and `others` is the sum of the rest. `centred` is the score less the row's mean under the reconstructed pattern:
-    what softmax sees of it. `p` is the model's own probability, `p_hat` the reconstructed one.
+    what softmax sees of it. `p` is the model's own probability, `p_hat` the reconstructed one. Where pairs are masked
+    all this is of those that were kept, and `left_out` the sum of what the others would contribute.
     """
 
     query: int
@@ -38,6 +47,7 @@ class Attended:
     bias: float
     pairs: tuple[Pair, ...]
     others: float
+    left_out: float
 
 
 @dataclass(frozen=True)
@@ -58,24 +68,30 @@ def explain_head(
     head: int,
     keys: int = 2,
     pairs: int = 5,
+    kept: PairSet | None = None,
 ) -> HeadExplanation:
     """For each query position the `keys` positions that the model attends to most in this head, and their pairs.
 
-    `x` is the layer's attention input on one sequence, in float32.
+    `x` is the layer's attention input on one sequence, in float32; `kept` the pairs that a mask left (None: all).
     """
     (codes,) = sequence_codes(transcoder, layer, x[None])
     terms = score_terms(transcoder, layer, codes)
-    p, p_hat = codes.log_p[head].exp(), final_scores(terms.scores, layer)[head].softmax(-1)
+    scores = terms.scores
+    if kept is not None:
+        with ThreadPoolExecutor(1) as pool:
+            scores = masked_sums(terms, layer, codes, kept, np.ones(len(kept), np.float32), pool)
+    p, p_hat = codes.log_p[head].exp(), final_scores(scores, layer)[head].softmax(-1)
     key_head = head * layer.geometry.n_kv_heads // layer.geometry.n_heads
-    means = (p_hat * terms.scores[head]).sum(-1)
+    means = (p_hat * scores[head]).sum(-1)
     looks = []
     for query in range(len(p)):
         for key in p[query, : query + 1].topk(min(keys, query + 1)).indices.tolist():
             if p[query, key] == 0:
                 continue
             contributions = _contributions(codes, terms.u[head], terms.v[key_head], query, key)
-            largest = sorted(contributions, key=lambda one: -abs(one.contribution))[:pairs]
-            score = terms.scores[head, query, key].item()
+            counting = [one for one in contributions if kept is None or kept.has(head, *one.features)]
+            largest = sorted(counting, key=lambda one: -abs(one.contribution))[:pairs]
+            score = scores[head, query, key].item()
             bias = terms.bias_scores[head, query, key].item()
             looks.append(
                 Attended(
@@ -88,6 +104,7 @@ def explain_head(
                     bias=bias,
                     pairs=tuple(largest),
                     others=score - bias - sum(one.contribution for one in largest),
+                    left_out=sum(one.contribution for one in contributions) - sum(one.contribution for one in counting),
                 )
             )
     return HeadExplanation(head, p, p_hat, tuple(looks))

@@ -36,8 +36,23 @@ def masked_scores(
     pool: ThreadPoolExecutor,
 ) -> Float[Tensor, "n_heads context context"]:
     """One sequence's scores with each pair times its mask and all others left out; −inf where a key is not visible."""
-    terms = score_terms(transcoder, layer, codes)
-    visible, scores = first_visible(layer, codes.context), terms.bias_scores.contiguous()
+    return final_scores(masked_sums(score_terms(transcoder, layer, codes), layer, codes, pairs, mask, pool), layer)
+
+
+@torch.no_grad()
+def masked_sums(
+    terms: ScoreTerms,
+    layer: AttentionLayer,
+    codes: SequenceCodes,
+    pairs: PairSet,
+    mask: Mask,
+    pool: ThreadPoolExecutor,
+) -> Float[Tensor, "n_heads context context"]:
+    """The same before soft-cap and visibility: keys that are not visible have their bias terms alone."""
+    visible, scores = (
+        first_visible(layer, codes.context),
+        terms.bias_scores.clone(memory_format=torch.contiguous_format),
+    )
 
     def add(head: int, key_head: int) -> None:
         u, v = as_array(terms.u[head]), as_array(terms.v[key_head])
@@ -45,7 +60,7 @@ def masked_scores(
         pair_mask_cpu.add_pairs(*codes.slots, u, v, visible, held, as_array(scores[head]))
 
     each_head(layer, pool, add)
-    return final_scores(scores, layer)
+    return scores
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ class PairSet:
     def pairs_of_heads(self) -> Int64[np.ndarray, "n_heads"]:
         return self.starts[:, -1] - self.starts[:, 0]
 
+    def has(self, head: int, query_feature: int, key_feature: int) -> bool:
+        """Whether the pair is one of them."""
+        first, end = self.starts[head, query_feature], self.starts[head, query_feature + 1]
+        place = first + np.searchsorted(self.key_features[first:end], key_feature)
+        return bool(place < end and self.key_features[place] == key_feature)
+
     def subset(self, chosen: np.ndarray) -> Self:
         """The pairs where `chosen` [pairs] is true."""
         return type(self).from_numbers(self.numbers[chosen], self.shape)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Study
-from orchestrator.report.dictionary_facts import MOST_TOKENS, SENTENCES, find_cache, tokens_that_fit
+from orchestrator.report.corpus_cache import cache_of_study
+from orchestrator.report.dictionary_facts import MOST_TOKENS, SENTENCES, tokens_that_fit
 from qkmodel.activations import FORMAT_VERSION, CacheKey, Manifest, Shard
 from qkmodel.errors import InputError
 
@@ -60,15 +61,15 @@ def test_the_cache_of_the_study_is_found_among_others(tmp_path: Path, study: Stu
     unknown.mkdir()
     (unknown / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION + 1}))
     with pytest.raises(InputError, match="has no activations of it"):
-        find_cache(tmp_path, study)
+        cache_of_study(tmp_path, study)
     own = write_manifest(tmp_path, 2, products=products)
-    assert find_cache(tmp_path, study).folder.name == own
+    assert cache_of_study(tmp_path, study).folder.name == own
 
 
 def test_a_cache_of_other_layers_is_none(tmp_path: Path, study: Study) -> None:
     write_manifest(tmp_path, 1)
     with pytest.raises(InputError, match="has no activations of it"):
-        find_cache(tmp_path, study)
+        cache_of_study(tmp_path, study)
 
 
 @given(st.integers(1, 128), st.integers(1, 200))

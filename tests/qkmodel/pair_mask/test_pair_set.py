@@ -20,6 +20,7 @@ def test_pairs_come_back_by_head_and_query_feature(numbers, data):
     ]
     assert found == expected
     assert pairs.numbers.tolist() == sorted(numbers)
+    assert [n for n in range(60) if pairs.has(*np.unravel_index(n, SHAPE))] == sorted(numbers)
     assert pairs.shape == SHAPE
     assert pairs.pairs_of_heads.tolist() == [sum(head == one[0] for one in expected) for head in range(SHAPE[0])]
 
