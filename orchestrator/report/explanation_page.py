@@ -107,7 +107,7 @@ def _sequences(
 
 def _shaded(context: Context, cache: ActivationCache, texts: TokenTexts) -> list[ShadedToken]:
     """The tokens around the place of the key and around that of the query, with … between where they are far apart."""
-    words = texts(cache.tokens("validation", [context.sequence])[0].tolist())
+    words = [text.replace("\n", "↵") for text in texts(cache.tokens("validation", [context.sequence])[0].tolist())]
     query, key = (values / values.max() for values in (context.query_activations, context.key_activations))
     near = {place + step for place in (context.key, context.query) for step in range(-SURROUNDINGS, SURROUNDINGS // 2)}
     places = sorted(place for place in near if 0 <= place < len(words))
