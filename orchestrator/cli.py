@@ -183,7 +183,7 @@ def ui(
     ] = False,
 ) -> None:
     """Open the MLflow UI on a sweep's tracking store; Ctrl-C closes it."""
-    from orchestrator.web_pages import mlflow_command, require_free, serve
+    from orchestrator.web_pages import mlflow_command, mlflow_environment, require_free, serve
 
     commands = []
     address = _tracking_address(sweep)
@@ -192,7 +192,7 @@ def ui(
         messages.print(f"this sweep is tracked by the MLflow server at {server}", markup=False, soft_wrap=True)
     else:
         require_free(port)
-        commands.append(mlflow_command(address, port))
+        commands.append(mlflow_command(port))
         messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
         messages.print("sweeps are under its *Model training*, upper left, and there under *Experiments*", markup=False)
     if dashboard:
@@ -203,7 +203,7 @@ def ui(
         require_free(port + 1)
         commands.append(dashboard_command(export_studies(_open_ledger(sweep)), port + 1))
         messages.print(f"optuna-dashboard: http://127.0.0.1:{port + 1}")
-    if commands and not serve(commands):
+    if commands and not serve(commands, mlflow_environment(address)):
         raise typer.Exit(1)
 
 
