@@ -122,6 +122,9 @@ async def _seconds_to_open(address: str, texts: list[str], profile: Path) -> flo
         await page.resize(1440)
         await page.visit(address.partition("#")[0])
         await page.wait_for_text("Experiments")
+        # from one page of the app to another it would load nothing
+        await page.call("Page.navigate", url="about:blank")
+        await page.wait_for("location.href == 'about:blank'")
         began = time.perf_counter()
         await page.call("Page.navigate", url=address)
         await page.wait_for_text(*texts)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from sqlalchemy import create_engine, inspect
@@ -20,6 +21,13 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+# what MLflow's client tells of a request, and the same for people
+_REQUEST_FAILURES = [
+    (re.compile(r"too many (\d+) error responses"), r"it answers \1"),
+    (re.compile(r"\[Errno -?\d+\] ([A-Za-z ]+)"), r"\1"),
+    (re.compile(r"timed out"), "it takes too long to answer"),
+    (re.compile(r"Connection reset by peer|Remote end closed connection"), "it closes connections"),
+]
 
 
 class TrackingUnavailable(Exception):
@@ -69,4 +77,13 @@ def unavailable(address: str, error: Exception) -> TrackingUnavailable:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # a download that failed is told in a list
     reason = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
-    return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: {redact_url(reason)}")
+    return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: {_shortened(redact_url(reason))}")
+
+
+def _shortened(reason: str) -> str:
+    if reason.startswith("API request to "):
+        for pattern, words in _REQUEST_FAILURES:
+            found = pattern.search(reason)
+            if found is not None:
+                return found.expand(words).strip().lower()
+    return reason

@@ -12,7 +12,7 @@ from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable
 from tests.orchestrator.sweep_files import write_sweep
-from tests.orchestrator.test_tracking import IDENTITY, REFERENCE, finish, start
+from tests.orchestrator.tracking_world import IDENTITY, REFERENCE, finish, start
 from tests.system.services import MlflowServer, PostgresServer, mlflow_ui
 
 pytestmark = pytest.mark.system
