@@ -82,9 +82,10 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     console.print(state_table(study_statuses(ledger)))
     for failure in record["failures"]:
         console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
-    if record["owed"]["trainings"]:
+    if record["owed"]["anything"]:
         trainings, reports = counted(record["owed"]["trainings"], "training"), record["owed"]["reports"]
-        console.print(f"not in MLflow yet: {trainings}, {counted(reports, 'report')} (orchestrate track SWEEP)")
+        what = f"{trainings}, {counted(reports, 'report')}" if record["owed"]["trainings"] else "the latest figures"
+        console.print(f"not in MLflow yet: {what} (orchestrate track SWEEP)")
 
 
 @app.command()

@@ -64,6 +64,12 @@ def seconds_of_earlier_starts(ledger: Ledger, start: int) -> float:
         return BEAT_SECONDS * sum(beats)
 
 
+def is_ended(ledger: Ledger) -> bool:
+    """Whether the latest start ended in an orderly way; True where there was none."""
+    latest = _latest(ledger)
+    return latest is None or latest.ended is not None
+
+
 def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECONDS) -> int:
     """The number of the latest start, whose driver is dead; 0 where there was none.
 

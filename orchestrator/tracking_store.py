@@ -20,6 +20,8 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # of PostgreSQL's client library
+    "PGCONNECT_TIMEOUT": "10",
 }
 # what MLflow's client tells of a request, and the same for people
 _REQUEST_FAILURES = [
@@ -67,7 +69,9 @@ def prepare_client() -> None:
 
 def ask_database(address: str) -> None:
     """Raises SQLAlchemyError or ImportError where a database does not answer: MLflow itself retries for minutes."""
-    engine = create_engine(address)
+    # the other drivers' patience is in `_PATIENCE`, or they need none
+    patience = {"connect_timeout": 10, "read_timeout": 10} if address.startswith("mysql") else {}
+    engine = create_engine(address, connect_args=patience)
     inspect(engine).get_table_names()
     engine.dispose()
 

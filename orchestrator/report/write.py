@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from orchestrator.ledger import Ledger
+from orchestrator.report import REPORT_FILE
 from orchestrator.report.dictionary_facts import DictionaryFacts, examine
 from orchestrator.report.page import ReportContent, render_page
 from orchestrator.report.sweep_facts import StudyFacts, SweepFacts, gather_sweep
 from orchestrator.report.token_texts import TokenTexts
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
-
-REPORT_FILE = "report.html"
 
 
 def write_report(ledger: Ledger, output: Path | None = None, training_id: str | None = None) -> tuple[Path, list[str]]:

@@ -1,5 +1,6 @@
 """A sweep's ledger with made-up trainings, and what MLflow shows of it."""
 
+import json
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -18,12 +19,12 @@ def start(ledger: Ledger, training_id: str, k: int = 16, study: str = "study") -
     ledger.start(training_id, "pack-0", {"device": "cpu"})
 
 
-def finish(ledger: Ledger, training_id: str, l0: float, kl: float) -> None:
-    folder = ledger.folder / "dictionaries" / training_id
-    folder.mkdir(parents=True)
-    (folder / "weights.safetensors").write_text(training_id)
+def finish(ledger: Ledger, training_id: str, l0: float, kl: float, attempt: int = 1) -> None:
+    place = f"dictionaries/{training_id}-{attempt}"
+    (ledger.folder / place).mkdir(parents=True)
+    (ledger.folder / place / "weights.safetensors").write_text(f"{training_id} {attempt}")
     metrics = {"kl": kl, "l0": l0, "kl_recovered": 1 - kl / 2, "ce_recovered": None}
-    ledger.finish(training_id, metrics, f"dictionaries/{training_id}", "aa" * 32)
+    ledger.finish(training_id, metrics, place, str(attempt) * 64)
 
 
 def client_of(storage: Path) -> MlflowClient:
@@ -47,3 +48,10 @@ def history(storage: Path, run: Run, name: str) -> list[tuple[int, float]]:
 
 def artifacts(storage: Path, run: Run, folder: str) -> set[str]:
     return {item.path for item in client_of(storage).list_artifacts(run.info.run_id, folder)}
+
+
+def front_table(storage: Path, parent: Run) -> list[dict]:
+    """The rows of the table that MLflow's page of the parent run shows for layer 8."""
+    assert json.loads(parent.data.tags["mlflow.loggedArtifacts"]) == [{"path": "fronts/L08.json", "type": "table"}]
+    table = json.loads(Path(client_of(storage).download_artifacts(parent.info.run_id, "fronts/L08.json")).read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
