@@ -462,6 +462,7 @@ def test_the_parent_links_to_each_front_in_order(storage: Path, ledger: Ledger) 
 
 def test_metrics_of_heads_are_a_section_of_their_own(storage: Path, ledger: Ledger) -> None:
     start(ledger, "one")
+    (ledger.folder / "dictionaries" / "one").mkdir(parents=True)
     ledger.finish("one", {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "kl_head_00": 0.2}, "dictionaries/one", "aa" * 32)
     Tracker(None, storage, ledger).deliver()
     assert runs(storage)[1]["one"].data.metrics == {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "heads/kl_head_00": 0.2}
