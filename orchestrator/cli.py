@@ -83,8 +83,9 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     for failure in record["failures"]:
         console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
     if record["owed"]["anything"]:
-        trainings, reports = counted(record["owed"]["trainings"], "training"), record["owed"]["reports"]
-        what = f"{trainings}, {counted(reports, 'report')}" if record["owed"]["trainings"] else "the latest figures"
+        trainings, reports = record["owed"]["trainings"], record["owed"]["reports"]
+        known = f"{counted(trainings, 'training')}, {counted(reports, 'report')}"
+        what = known if trainings else "figures or files of the sweep"
         console.print(f"not in MLflow yet: {what} (orchestrate track SWEEP)")
 
 

@@ -27,6 +27,8 @@ from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_figures import steps_per_training, storage_folder, tokens_per_step
 from orchestrator.preparation import Preparation, prepare
 from orchestrator.ray_connection import check_access
+from orchestrator.report import REPORT_FILE
+from orchestrator.report.write import is_current, write_report
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
 from orchestrator.start_facts import machine_facts, plan_facts
@@ -76,7 +78,7 @@ class SweepView(Protocol):
 
 
 def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> SweepOutcome:
-    """Trains what the plan asks for and the ledger does not hold, and brings MLflow up to date.
+    """Trains what the plan asks for and the ledger does not hold, writes the report, and brings MLflow up to date.
 
     With `with_git_diff` MLflow gets what this source tree changes in its commit.
     Raises InputError before anything is created when the file asks for something that cannot be had, and when
@@ -158,6 +160,9 @@ def _run_leased(
             queue = PackQueue(ledger, works, Checkpoints(plan.folder), _queue_settings(plan), budget)
             view.training_started(plan, ledger)
             budget_line = train_packs(plan, queue, start)
+        if not is_current(ledger):
+            view.say(f"writing {REPORT_FILE}")
+            write_report(ledger)
         is_interrupted = False
     finally:
         try:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,11 @@ def has_run(training: Training) -> bool:
     return training.attempts > 0 or training.state != "open"
 
 
+def has_ended_there(training: Training, notes: Mapping[str, str]) -> bool:
+    """Whether all reports and the state of a training that has ended are noted, as of most of a large sweep."""
+    return training.state in ("finished", "stopped", "failed") and notes.get(STATUS) == status_mark(training)
+
+
 def end_status(ledger: Ledger) -> EndStatus:
     """How the parent run ends when nobody is at work: FINISHED once nothing that was begun is left to be continued."""
     current = {study.study_id for study in ledger.studies() if study.is_current}
@@ -97,10 +102,12 @@ def owed(ledger: Ledger) -> Owed:
     trainings, reports = 0, 0
     for training in filter(has_run, all_trainings):
         note = notes.get(training.training_id, {})
+        if has_ended_there(training, note):
+            continue
         missing = ledger.count_reports(training.training_id, after=int(note.get(REPORTS, 0)))
         trainings += missing > 0 or note.get(STATUS) != status_mark(training)
         reports += missing
-    # while a driver is at work, or was until it was killed, the parent runs
+    # while a driver is at work the parent runs
     statuses = [end_status(ledger)] if is_ended(ledger) else [end_status(ledger), "RUNNING"]
     expected = {complete_mark(ledger, all_trainings, status) for status in statuses}
     return Owed(trainings, reports, anything=not any(note.get(COMPLETE) in expected for note in all_notes))

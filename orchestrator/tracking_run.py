@@ -10,7 +10,7 @@ from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import HEAD_PREFIX, Study, Training
-from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, status_mark
+from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_there, status_mark
 from orchestrator.tracking_store import TrackingUnavailable
 
 # MLflow's own limits for one batch
@@ -35,17 +35,12 @@ class TrainingRun:
         """
         if "params" not in self._notes:
             self._deliver_params(study, training)
-        if not self._is_complete(training):
+        if not has_ended_there(training, self._notes):
             self._deliver_reports(training)
             self._deliver_state(training)
         self._deliver_membership(is_member)
         is_owed = is_member and self._notes.get("dictionary") != training.dictionary_sha256
         return not is_owed or self._deliver_dictionary(training)
-
-    def _is_complete(self, training: Training) -> bool:
-        """Whether reports and state of a training that has ended are there; most of a large sweep's have long been."""
-        has_ended = training.state in ("finished", "stopped", "failed")
-        return has_ended and self._notes.get(STATUS) == status_mark(training)
 
     def _note(self, item: str, value: str) -> None:
         self._ledger.note_delivered(self._run_id, item, value)

@@ -26,6 +26,13 @@ def write_report(ledger: Ledger, output: Path | None = None, training_id: str | 
     return path, content.left_out
 
 
+def is_current(ledger: Ledger) -> bool:
+    """Whether no training has ended since the report in the sweep's folder was written."""
+    ended = [training.finished.timestamp() for training in ledger.trainings() if training.finished is not None]
+    page = ledger.folder / REPORT_FILE
+    return not ended or (page.exists() and page.stat().st_mtime >= max(ended))
+
+
 def gather_report(facts: SweepFacts, sweep_folder: Path) -> ReportContent:
     """Adds what only dictionaries and activations tell; what cannot be had is left out with a line."""
     texts, dictionaries, left_out = TokenTexts(), {}, []

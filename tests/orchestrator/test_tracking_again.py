@@ -85,6 +85,26 @@ def test_what_is_owed_is_known_without_asking_mlflow(storage: Path, ledger: Ledg
     assert owed(ledger) == Owed(0, 0, anything=False)
 
 
+def test_a_parent_that_still_runs_after_its_driver_was_killed_is_owed_an_end(storage: Path, ledger: Ledger) -> None:
+    script = f"""
+import os
+from pathlib import Path
+from orchestrator.ledger import Ledger
+from orchestrator.starts import Lease
+from orchestrator.tracking import Tracker
+from orchestrator.tracking_notes import owed
+storage = Path({str(storage)!r})
+ledger = Ledger.open_existing(storage / "l1" / "ledger.sqlite")
+Lease(ledger)
+Tracker(None, storage, ledger).deliver()
+print(owed(ledger).anything, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.PIPE, text=True)
+    assert (ran.returncode, ran.stdout) == (-9, "False\n")
+    assert owed(ledger) == Owed(0, 0, anything=True)
+
+
 def test_a_front_a_page_or_a_tag_that_did_not_arrive_is_owed(storage: Path, ledger: Ledger) -> None:
     tracker = Tracker(None, storage, ledger)
     lease = Lease(ledger)

@@ -245,6 +245,7 @@ def test_fronts_name_what_was_found(sweep: Sweep, first: Snapshot) -> None:
 
 def test_nothing_is_left_to_do_the_second_time(first: Snapshot, second: Snapshot) -> None:
     assert "nothing left to do" in second.messages and "nothing left to do" not in first.messages
+    assert "writing report.html" in first.messages and "report" not in second.messages
     assert second.trainings == first.trainings
     assert (second.fronts, second.status) == (first.fronts, first.status)
     assert second.tracked.steps == first.tracked.steps
@@ -254,6 +255,7 @@ def test_mlflow_holds_a_parent_and_a_child_per_training(first: Snapshot) -> None
     found, by_id = first.tracked, {one.training_id: one for one in first.trainings}
     assert (found.parent.info.run_name, found.parent.info.status) == ("first", "FINISHED")
     assert {"sweep.yaml", "fronts/L01.png", "fronts/L01.html", "fronts/L01.json"} <= found.parent_artifacts
+    assert "report.html" in found.parent_artifacts and first.status["owed"]["anything"] is False
     assert found.children.keys() == by_id.keys()
     for identifier, run in found.children.items():
         training = by_id[identifier]
