@@ -99,20 +99,29 @@ class Tracker:
         client = MlflowClient(tracking_uri=self._uri)
         sweep = self._ledger.sweep()
         self._experiment = find_or_create_experiment(client, sweep.name, self._artifact_root)
-        # a sweep of the same name in another storage, or begun afresh, has a parent run of its own
-        tag = f"{sweep.name} {sweep.created.isoformat()}"
-        self._parent = self._runs_by(client, SWEEP_TAG, f"tags.`{SWEEP_TAG}` = '{tag}'").get(tag, "")
+        self._parent = self._find_parent(client)
         if not self._parent:
-            run = client.create_run(self._experiment, milliseconds(sweep.created), {SWEEP_TAG: tag}, sweep.name)
+            tags = {SWEEP_TAG: self._sweep_tag}
+            run = client.create_run(self._experiment, milliseconds(sweep.created), tags, sweep.name)
             self._parent = run.info.run_id
-        self._runs = self._children(client)
+        self._runs = self._find_children(client)
         # of a store that was emptied, of another store, of runs that were deleted
         self._ledger.forget_delivered({self._parent, *self._runs.values()})
         self._fronts = FrontArtifacts(client, self._ledger, self._parent)
         self._summary = SweepSummary(client, self._ledger, self._experiment, self._parent)
         return client
 
-    def _children(self, client: MlflowClient) -> dict[str, str]:
+    @property
+    def _sweep_tag(self) -> str:
+        """A sweep of the same name in another storage, or begun afresh, has a parent run of its own."""
+        sweep = self._ledger.sweep()
+        return f"{sweep.name} {sweep.created.isoformat()}"
+
+    def _find_parent(self, client: MlflowClient) -> str:
+        """Empty where there is none."""
+        return self._runs_by(client, SWEEP_TAG, f"tags.`{SWEEP_TAG}` = '{self._sweep_tag}'").get(self._sweep_tag, "")
+
+    def _find_children(self, client: MlflowClient) -> dict[str, str]:
         return self._runs_by(client, TRAINING_TAG, f"tags.`{PARENT_TAG}` = '{self._parent}'")
 
     def _runs_by(self, client: MlflowClient, tag: str, condition: str) -> dict[str, str]:
@@ -143,8 +152,8 @@ class Tracker:
         self._summary.deliver(parent_notes)
         self._deliver_report(client, parent_notes)
         if ended is not None:
-            # those that a slow server has made twice since the first look
-            self._runs = self._children(client)
+            # without those that a slow server has made twice since the first look
+            self._parent, self._runs = self._find_parent(client), self._find_children(client)
         self._deliver_status(client, parent_notes, ended)
         if has_fronts and not lost and parent_notes.get(COMPLETE) != mark:
             self._ledger.note_delivered(self._parent, COMPLETE, mark)

@@ -144,6 +144,13 @@ def test_runs_that_a_slow_server_makes_twice_are_one_in_the_end(
         assert child.data.metrics == {"loss": 0.9}
         assert len(client.search_runs([experiment], run_view_type=ViewType.DELETED_ONLY)) == 3
         assert ledger.delivered().keys() == {parent.info.run_id, child.info.run_id}
+        # and where there is but one delivery, the first and last
+        other = Ledger(tmp_path / "other" / "ledger.sqlite")
+        other.open_sweep("other", {}, None, {})
+        proxy.slow = 1
+        Tracker(proxy.url, tmp_path, other).deliver("FINISHED")
+        (parent,) = client.search_runs([client.get_experiment_by_name("other").experiment_id])
+        assert proxy.slow == 0 and parent.info.status == "FINISHED"
 
 
 class SlowProxy:
