@@ -82,9 +82,11 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     console.print(state_table(study_statuses(ledger)))
     for failure in record["failures"]:
         console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
-    if record["owed"]["trainings"]:
-        trainings, reports = counted(record["owed"]["trainings"], "training"), record["owed"]["reports"]
-        console.print(f"not in MLflow yet: {trainings}, {counted(reports, 'report')} (orchestrate track SWEEP)")
+    if record["owed"]["anything"]:
+        trainings, reports = record["owed"]["trainings"], record["owed"]["reports"]
+        known = f"{counted(trainings, 'training')}, {counted(reports, 'report')}"
+        what = known if trainings else "figures or files of the sweep"
+        console.print(f"not in MLflow yet: {what} (orchestrate track SWEEP)")
 
 
 @app.command()
@@ -199,7 +201,7 @@ def ui(
     ] = False,
 ) -> None:
     """Open the MLflow UI on a sweep's tracking store; Ctrl-C closes it."""
-    from orchestrator.web_pages import mlflow_command, require_free, serve
+    from orchestrator.web_pages import mlflow_command, mlflow_environment, require_free, serve
 
     commands = []
     address = _tracking_address(sweep)
@@ -208,7 +210,7 @@ def ui(
         messages.print(f"this sweep is tracked by the MLflow server at {server}", markup=False, soft_wrap=True)
     else:
         require_free(port)
-        commands.append(mlflow_command(address, port))
+        commands.append(mlflow_command(port))
         messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
         messages.print("sweeps are under its *Model training*, upper left, and there under *Experiments*", markup=False)
     if dashboard:
@@ -219,7 +221,7 @@ def ui(
         require_free(port + 1)
         commands.append(dashboard_command(export_studies(_open_ledger(sweep)), port + 1))
         messages.print(f"optuna-dashboard: http://127.0.0.1:{port + 1}")
-    if commands and not serve(commands):
+    if commands and not serve(commands, mlflow_environment(address)):
         raise typer.Exit(1)
 
 
@@ -277,13 +279,27 @@ def report(
         str | None, typer.Option(metavar="ID", help="The training to examine; left out: the knee of each front.")
     ] = None,
 ) -> None:
-    """Write a sweep as one HTML page: fronts, costs, trainings, heads, features, attention on held-out text."""
+    """Write a sweep as one HTML page, which MLflow gets too: fronts, costs, trainings, heads, features, attention."""
     from orchestrator.report.write import write_report
 
-    path, left_out = write_report(_open_ledger(sweep), output, training)
+    ledger = _open_ledger(sweep)
+    path, left_out = write_report(ledger, output, training)
     for line in left_out:
         messages.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    if output is None:
+        _deliver_report(ledger, *_tracking_of(sweep))
+
+
+def _deliver_report(ledger: Ledger, tracking: str | None, storage: Path) -> None:
+    from orchestrator.late_delivery import deliver_late
+    from orchestrator.tracking_store import TrackingUnavailable
+
+    try:
+        deliver_late(ledger, tracking, storage)
+    except (InputError, TrackingUnavailable) as error:
+        # it is written all the same, and a driver at work delivers it
+        messages.print(f"MLflow does not have it yet: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from qkmodel.pattern_comparison import EVALUATION_BATCH
 from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 
-# Loading models and libraries, starting Ray, the last delivery to MLflow.
+# Loading models and libraries, starting Ray, the report, the last delivery to MLflow.
 STARTUP_SECONDS = 30.0
 TIMED_STEPS = 2
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import case, delete, func, select, update
+from sqlalchemy import bindparam, case, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
@@ -193,6 +193,11 @@ class Ledger(StudyRecords):
         with self.transaction() as session:
             return session.scalar(select(func.count()).select_from(ReportRow).where(*conditions))
 
+    def last_report(self) -> int:
+        """The largest `report_id` there is, 0 without any."""
+        with self.transaction() as session:
+            return session.scalar(select(func.coalesce(func.max(ReportRow.report_id), 0)))
+
     def counts(self, study_id: str | None = None) -> dict[State, int]:
         """Trainings per state; every state is there."""
         statement = select(TrainingRow.state, func.count()).group_by(TrainingRow.state)
@@ -228,3 +233,12 @@ class Ledger(StudyRecords):
         statement = insert(DeliveryRow).values(run_id=run_id, item=item, value=value)
         with self.transaction() as session:
             session.execute(statement.on_conflict_do_update(index_elements=["run_id", "item"], set_={"value": value}))
+
+    def forget_delivered(self, kept: Collection[str]) -> None:
+        """Forget the notes of all MLflow runs but these."""
+        table = DeliveryRow.__table__
+        with self.transaction() as session:
+            noted = session.scalars(select(DeliveryRow.run_id).distinct())
+            gone = [{"gone": run_id} for run_id in noted if run_id not in kept]
+            if gone:
+                session.execute(delete(table).where(table.c.run_id == bindparam("gone")), gone)

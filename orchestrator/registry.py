@@ -31,13 +31,14 @@ from orchestrator.tracking_run import find_or_create_experiment, milliseconds
 from orchestrator.tracking_store import (
     LOCK_FILE,
     STUDY_TAG,
+    SWEEP_TAG,
     TRAINING_TAG,
     ask_database,
     prepare_client,
     tracking_address,
     unavailable,
 )
-from orchestrator.version_facts import SHA256_TAG, SWEEP_TAG, description, provenance
+from orchestrator.version_facts import SHA256_TAG, description, provenance
 from qkmodel.dictionary import FILES, PAIRS_FILE, Dictionary, DictionaryConfig, files_of
 from qkmodel.dictionary import load_dictionary as load_folder
 from qkmodel.errors import InputError

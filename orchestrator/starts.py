@@ -11,6 +11,7 @@ import threading
 import time
 from datetime import UTC, datetime
 
+import psutil
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
@@ -62,6 +63,17 @@ def seconds_of_earlier_starts(ledger: Ledger, start: int) -> float:
     with ledger.transaction() as session:
         beats = session.scalars(select(StartRow.beat).where(StartRow.number < start))
         return BEAT_SECONDS * sum(beats)
+
+
+def is_ended(ledger: Ledger) -> bool:
+    """Whether the latest start is over; True where there was none.
+
+    Of one that was killed on another machine this is not known, and False.
+    """
+    latest = _latest(ledger)
+    if latest is None or latest.ended is not None:
+        return True
+    return latest.host == platform.node() and not psutil.pid_exists(latest.process)
 
 
 def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECONDS) -> int:

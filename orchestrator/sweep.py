@@ -45,6 +45,8 @@ from qkmodel.products import product_dtype
 TRACKING_INTERVAL_SECONDS = 5.0
 # of the ten seconds that are left after a signal, Ray and the packs take the most
 INTERRUPTED_TRACKING_SECONDS = 1.5
+# enough for more than a thousand trainings, should all of them be owed
+LAST_TRACKING_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _run_leased(
     ledger.set_current({study.study_id: study.tokens_planned for study in plan.studies})
     tracking = TrackingThread(Tracker(config.tracking, storage_folder(config), ledger), TRACKING_INTERVAL_SECONDS)
     works: list[StudyWork] = []
-    patience: float | None = INTERRUPTED_TRACKING_SECONDS
+    is_interrupted = True
     budget_line = None
     try:
         if prepared is not None:
@@ -156,14 +158,15 @@ def _run_leased(
             queue = PackQueue(ledger, works, Checkpoints(plan.folder), _queue_settings(plan), budget)
             view.training_started(plan, ledger)
             budget_line = train_packs(plan, queue, start)
-        patience = None
+        is_interrupted = False
     finally:
         try:
             # Ray is down and its workers with it
             if lease.is_latest:
                 ledger.reopen_running()
         finally:
-            ended = "KILLED" if patience is not None else end_status(ledger)
+            ended = "KILLED" if is_interrupted else end_status(ledger)
+            patience = INTERRUPTED_TRACKING_SECONDS if is_interrupted else LAST_TRACKING_SECONDS
             tracking_error = tracking.stop(ended, patience)
     wanted = {identifier for work in works for identifier in work.wanted}
     states = Counter(training.state for training in ledger.trainings() if training.training_id in wanted)

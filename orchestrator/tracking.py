@@ -2,11 +2,12 @@
 
 MLflow is a view of the ledger. Runs are found again by their tags before they are created, metric points
 carry the ledger's own timestamps (MLflow keeps one of equal points) and the ledger notes per run what has
-arrived, after it arrived: so a delivery may be cut off anywhere and repeated without leaving duplicates.
+arrived, after it arrived: so a delivery may be cut off anywhere and repeated without leaving duplicates. A slow server
+may create a run twice, since MLflow's client asks again after a timeout: all but one are deleted.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Training
 from orchestrator.pareto import front_trainings
+from orchestrator.report import REPORT_FILE
 from orchestrator.tracking_fronts import FrontArtifacts
-from orchestrator.tracking_notes import TRAINING, EndStatus, has_run
+from orchestrator.tracking_notes import COMPLETE, TRAINING, EndStatus, complete_mark, file_mark, has_run
 from orchestrator.tracking_run import TrainingRun, find_or_create_experiment, milliseconds
 from orchestrator.tracking_store import (
     LOCK_FILE,
     STUDY_TAG,
+    SWEEP_TAG,
     TRAINING_TAG,
+    TrackingUnavailable,
     ask_database,
     prepare_client,
     tracking_address,
@@ -35,8 +39,8 @@ from orchestrator.tracking_summary import SweepSummary
 from orchestrator.versions import GIT_DIFF_FILE
 from qkmodel.files import exclusive
 
-SWEEP_TAG = "qk.sweep"
 PARENT_TAG = "mlflow.parentRunId"
+NO_GIT_DIFF = "the latest start was without --git-diff, or the checkout unchanged\n"
 
 
 class Tracker:
@@ -63,16 +67,23 @@ class Tracker:
         """Deliver what MLflow does not hold yet.
 
         `ended` ends the parent run: FINISHED, or KILLED when the sweep was interrupted.
-        Raises TrackingUnavailable; what had arrived by then is not sent again.
+        Raises TrackingUnavailable; what had arrived by then is not sent again. So it does, after all else was
+        delivered, when a dictionary that belongs there is gone.
         """
         # whatever cuts this delivery off: the next one looks everything up anew
         client, self._client = self._client, None
         try:
             client = client or self._connect()
-            self._deliver(client, ended)
+            lost = self._deliver(client, ended)
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             raise unavailable(self._uri, error) from error
         self._client = client
+        if lost:
+            others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            raise TrackingUnavailable(
+                f"{lost[0].label}{others}: its dictionary {self._ledger.folder / lost[0].dictionary} is gone; "
+                "start the sweep again, which trains it anew"
+            )
 
     def _connect(self) -> MlflowClient:
         """Find or create the experiment and the parent run, and find the children there are."""
@@ -88,29 +99,71 @@ class Tracker:
         client = MlflowClient(tracking_uri=self._uri)
         sweep = self._ledger.sweep()
         self._experiment = find_or_create_experiment(client, sweep.name, self._artifact_root)
-        # a sweep of the same name in another storage, or begun afresh, has a parent run of its own
-        tag = f"{sweep.name} {sweep.created.isoformat()}"
-        parents = _search(client, self._experiment, f"tags.`{SWEEP_TAG}` = '{tag}'")
-        self._parent = next((run.info.run_id for run in parents), "")
+        self._parent = self._find_parent(client)
         if not self._parent:
-            run = client.create_run(self._experiment, milliseconds(sweep.created), {SWEEP_TAG: tag}, sweep.name)
+            tags = {SWEEP_TAG: sweep.run_tag}
+            run = client.create_run(self._experiment, milliseconds(sweep.created), tags, sweep.name)
             self._parent = run.info.run_id
-        children = _search(client, self._experiment, f"tags.`{PARENT_TAG}` = '{self._parent}'")
-        self._runs = {run.data.tags[TRAINING_TAG]: run.info.run_id for run in children if TRAINING_TAG in run.data.tags}
+        self._runs = self._find_children(client)
+        # of a store that was emptied, of another store, of runs that were deleted
+        self._ledger.forget_delivered({self._parent, *self._runs.values()})
         self._fronts = FrontArtifacts(client, self._ledger, self._parent)
         self._summary = SweepSummary(client, self._ledger, self._experiment, self._parent)
         return client
 
-    def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> None:
+    def _find_parent(self, client: MlflowClient) -> str:
+        """Empty where there is none."""
+        tag = self._ledger.sweep().run_tag
+        return self._runs_by(client, SWEEP_TAG, f"tags.`{SWEEP_TAG}` = '{tag}'").get(tag, "")
+
+    def _find_children(self, client: MlflowClient) -> dict[str, str]:
+        return self._runs_by(client, TRAINING_TAG, f"tags.`{PARENT_TAG}` = '{self._parent}'")
+
+    def _runs_by(self, client: MlflowClient, tag: str, condition: str) -> dict[str, str]:
+        """Values of a tag that is to be one run's alone, and that run's id: where several have it, all but one go."""
+        notes = self._ledger.delivered()
+        found: dict[str, list[str]] = {}
+        for run in _search(client, self._experiment, condition):
+            if tag in run.data.tags:
+                found.setdefault(run.data.tags[tag], []).append(run.info.run_id)
+        runs = {}
+        for value, same in found.items():
+            # the first one where nothing has arrived in any
+            runs[value] = max(same, key=lambda run_id: len(notes.get(run_id, ())))
+            for run_id in same:
+                if run_id != runs[value]:
+                    client.delete_run(run_id)
+        return runs
+
+    def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> list[Training]:
+        """The trainings whose dictionary is to be sent and gone."""
         trainings = self._ledger.trainings()
+        mark = complete_mark(self._ledger, trainings, ended or "RUNNING")
         notes = self._ledger.delivered()
         parent_notes = notes.get(self._parent, {})
         self._deliver_sweep(client, parent_notes)
+        lost = self._deliver_trainings(client, trainings, notes)
+        has_fronts = self._fronts.deliver(trainings, parent_notes, is_last=ended is not None)
+        self._summary.deliver(parent_notes)
+        self._deliver_report(client, parent_notes)
+        if ended is not None:
+            # without those that a slow server has made twice since the first look
+            self._parent, self._runs = self._find_parent(client), self._find_children(client)
+        self._deliver_status(client, parent_notes, ended)
+        if has_fronts and not lost and parent_notes.get(COMPLETE) != mark:
+            self._ledger.note_delivered(self._parent, COMPLETE, mark)
+        return lost
+
+    def _deliver_trainings(
+        self, client: MlflowClient, trainings: Sequence[Training], notes: dict[str, dict[str, str]]
+    ) -> list[Training]:
+        """Those whose dictionary is to be sent and gone."""
         studies = {study.study_id: study for study in self._ledger.studies()}
         members: set[str] = set()
         for study_id in studies:
             in_study = [training for training in trainings if training.study_id == study_id]
             members.update(training.training_id for training in front_trainings(in_study))
+        lost = []
         for training in trainings:
             if not has_run(training):
                 continue
@@ -118,10 +171,9 @@ class Tracker:
             if TRAINING not in notes.get(run_id, {}):
                 self._ledger.note_delivered(run_id, TRAINING, training.training_id)
             run = TrainingRun(client, self._ledger, run_id, notes.get(run_id, {}))
-            run.deliver(studies[training.study_id], training, is_member=training.training_id in members)
-        self._fronts.deliver(trainings, parent_notes, is_last=ended is not None)
-        self._summary.deliver(parent_notes)
-        self._deliver_status(client, parent_notes, ended)
+            if not run.deliver(studies[training.study_id], training, is_member=training.training_id in members):
+                lost.append(training)
+        return lost
 
     def _create_run(self, client: MlflowClient, training: Training) -> str:
         tags = {
@@ -139,18 +191,30 @@ class Tracker:
         sweep = self._ledger.sweep()
         # by the library that reads sweep files: others leave 0e0 unquoted, which it takes for a number
         text = OmegaConf.to_yaml(OmegaConf.create(sweep.config))
-        diff = self._ledger.folder / GIT_DIFF_FILE
-        changes = diff.read_text() if diff.is_file() else ""
-        mark = json.dumps([text, sweep.git_sha, sweep.versions, sweep.facts, changes], sort_keys=True)
+        self._deliver_git_diff(client, notes)
+        mark = json.dumps([text, sweep.git_sha, sweep.versions, sweep.facts], sort_keys=True)
         if notes.get("sweep") == mark:
             return
         client.log_text(self._parent, text, "sweep.yaml")
         client.log_text(self._parent, OmegaConf.to_yaml({"versions": sweep.versions, **sweep.facts}), "start.yaml")
-        if changes:
-            client.log_text(self._parent, changes, GIT_DIFF_FILE)
         if sweep.git_sha is not None:
             client.set_tag(self._parent, "mlflow.source.git.commit", sweep.git_sha)
         self._ledger.note_delivered(self._parent, "sweep", mark)
+
+    def _deliver_git_diff(self, client: MlflowClient, notes: dict[str, str]) -> None:
+        diff = self._ledger.folder / GIT_DIFF_FILE
+        changes = diff.read_text() if diff.is_file() else ""
+        if notes.get("git diff", "") != changes:
+            # MLflow's client cannot take an artifact away
+            client.log_text(self._parent, changes or NO_GIT_DIFF, GIT_DIFF_FILE)
+            self._ledger.note_delivered(self._parent, "git diff", changes)
+
+    def _deliver_report(self, client: MlflowClient, notes: dict[str, str]) -> None:
+        page = self._ledger.folder / REPORT_FILE
+        mark = file_mark(page)
+        if mark and notes.get("report") != mark:
+            client.log_artifact(self._parent, page)
+            self._ledger.note_delivered(self._parent, "report", mark)
 
     def _deliver_status(self, client: MlflowClient, notes: dict[str, str], ended: EndStatus | None) -> None:
         status = ended or "RUNNING"

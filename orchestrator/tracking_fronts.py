@@ -14,6 +14,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Training, without_heads
 from orchestrator.pareto import front_trainings
 from orchestrator.study_names import study_names
+from orchestrator.tracking_notes import results_mark
 
 TABLES_TAG = "mlflow.loggedArtifacts"
 # a page carries all of plotly, some megabytes
@@ -30,8 +31,12 @@ class FrontArtifacts:
         # name -> when its page was last sent, by the monotonic clock
         self._page_sent: dict[str, float] = {}
 
-    def deliver(self, trainings: Sequence[Training], notes: Mapping[str, str], is_last: bool) -> None:
-        """Deliver what the run does not hold yet; a study's page at most once a minute, and when `is_last`."""
+    def deliver(self, trainings: Sequence[Training], notes: Mapping[str, str], is_last: bool) -> bool:
+        """Deliver what the run does not hold yet; a study's page at most once a minute, and when `is_last`.
+
+        Whether the run holds everything now.
+        """
+        has_all = True
         studies = self._ledger.studies()
         names = study_names(studies)
         finished: dict[str, list[Training]] = {names[study.study_id]: [] for study in studies}
@@ -41,19 +46,23 @@ class FrontArtifacts:
         sweep = self._ledger.sweep().name
         for name, in_study in finished.items():
             title = f"{sweep}, {name}: KL recovered against sparsity"
-            mark = _mark(in_study)
+            mark = results_mark(in_study)
             if in_study and notes.get(f"front {name}") != mark:
                 self._client.log_figure(self._parent, front_png(in_study, title), f"fronts/{name}.png")
                 self._replace_table(f"fronts/{name}.json", front_trainings(in_study))
                 self._ledger.note_delivered(self._parent, f"front {name}", mark)
-            if in_study and notes.get(f"page {name}") != mark and (is_last or self._may_send_page(name)):
-                self._deliver_page(name, in_study, title)
-                self._ledger.note_delivered(self._parent, f"page {name}", mark)
-        everything = _mark([training for in_study in finished.values() for training in in_study])
+            if in_study and notes.get(f"page {name}") != mark:
+                if is_last or self._may_send_page(name):
+                    self._deliver_page(name, in_study, title)
+                    self._ledger.note_delivered(self._parent, f"page {name}", mark)
+                else:
+                    has_all = False
+        everything = results_mark([training for in_study in finished.values() for training in in_study])
         if len(studies) > 1 and any(finished.values()) and notes.get("overview") != everything:
             figure = all_fronts_png(finished, f"{sweep}: KL recovered against sparsity")
             self._client.log_figure(self._parent, figure, "fronts/all.png")
             self._ledger.note_delivered(self._parent, "overview", everything)
+        return has_all
 
     def _may_send_page(self, name: str) -> bool:
         return time.monotonic() - self._page_sent.get(name, -PAGE_SECONDS) >= PAGE_SECONDS
@@ -75,10 +84,6 @@ class FrontArtifacts:
         entry = {"path": path, "type": "table"}
         if entry not in tables:
             self._client.set_tag(self._parent, TABLES_TAG, json.dumps([*tables, entry]))
-
-
-def _mark(finished: Sequence[Training]) -> str:
-    return json.dumps(sorted(training.training_id for training in finished))
 
 
 def _table_row(training: Training) -> dict[str, Any]:

@@ -1,22 +1,22 @@
 """One training as an MLflow run: params, metric points, state, and the dictionary of a member of a front."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 
+from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import HEAD_PREFIXES, Study, Training
-from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, status_mark
+from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_there, status_mark
+from orchestrator.tracking_store import TrackingUnavailable
 
 # MLflow's own limits for one batch
 MAX_METRICS, MAX_PARAMS = 1000, 100
 MAX_PARAM_CHARACTERS = 6000
-
-_log = logging.getLogger(__name__)
+SHA256_TAG = "qk.dictionary_sha256"
 
 
 class TrainingRun:
@@ -28,23 +28,19 @@ class TrainingRun:
         self._run_id = run_id
         self._notes = notes
 
-    def deliver(self, study: Study, training: Training, is_member: bool) -> None:
-        """Deliver what the run does not hold yet; `is_member` says whether the training is on its study's front."""
+    def deliver(self, study: Study, training: Training, is_member: bool) -> bool:
+        """Deliver what the run does not hold yet; `is_member` says whether the training is on its study's front.
+
+        False where its dictionary belongs there and is gone.
+        """
         if "params" not in self._notes:
             self._deliver_params(study, training)
-        if not self._is_complete(training):
+        if not has_ended_there(training, self._notes):
             self._deliver_reports(training)
             self._deliver_state(training)
-        if is_member and "dictionary" not in self._notes:
-            self._deliver_dictionary(training)
         self._deliver_membership(is_member)
-
-    def _is_complete(self, training: Training) -> bool:
-        """Whether reports and state of a training that has ended are there; most of a large sweep's have long been."""
-        status = self._notes.get(STATUS, "")
-        has_ended = training.state in ("stopped", "failed") and status == status_mark(training)
-        # what is finished reports no more, even if it is trained again
-        return has_ended or status.startswith(RUN_STATUS["finished"])
+        is_owed = is_member and self._notes.get("dictionary") != training.dictionary_sha256
+        return not is_owed or self._deliver_dictionary(training)
 
     def _note(self, item: str, value: str) -> None:
         self._ledger.note_delivered(self._run_id, item, value)
@@ -84,7 +80,7 @@ class TrainingRun:
         if training.state == "failed":
             tags.append(RunTag("error", training.error[:MAX_PARAM_CHARACTERS]))
         if training.dictionary_sha256 is not None:
-            tags.append(RunTag("qk.dictionary_sha256", training.dictionary_sha256))
+            tags.append(RunTag(SHA256_TAG, training.dictionary_sha256))
         ended = milliseconds(training.finished) if training.finished is not None else None
         final = [
             Metric(shown_name(name), value, ended, training.tokens_done)
@@ -92,8 +88,11 @@ class TrainingRun:
             if value is not None
         ]
         self._client.log_batch(self._run_id, tags=tags)
-        if training.state != "failed" and self._notes.get(STATUS, "").startswith(RUN_STATUS["failed"]):
+        before = self._notes.get(STATUS, "")
+        if training.state != "failed" and before.startswith(RUN_STATUS["failed"]):
             self._delete_tag("error")
+        if training.state != "finished" and before.startswith(RUN_STATUS["finished"]):
+            self._delete_tag(SHA256_TAG)
         for batch in batches(final, MAX_METRICS):
             self._client.log_batch(self._run_id, metrics=batch)
         if ended is None:
@@ -102,15 +101,13 @@ class TrainingRun:
             self._client.set_terminated(self._run_id, status, ended)
         self._note(STATUS, mark)
 
-    def _deliver_dictionary(self, training: Training) -> None:
+    def _deliver_dictionary(self, training: Training) -> bool:
         path = self._ledger.folder / training.dictionary
-        if not path.exists():
-            _log.warning("%s: its dictionary %s is gone, so MLflow does not get it", training.label, path)
-        elif path.is_dir():
-            self._client.log_artifacts(self._run_id, path, "dictionary")
-        else:
-            self._client.log_artifact(self._run_id, path, "dictionary")
-        self._note("dictionary", training.dictionary_sha256 or "")
+        if not path.is_dir():
+            return False
+        self._client.log_artifacts(self._run_id, path, "dictionary")
+        self._note("dictionary", training.dictionary_sha256)
+        return True
 
     def _deliver_membership(self, is_member: bool) -> None:
         mark = "true" if is_member else "false"
@@ -129,11 +126,25 @@ class TrainingRun:
 
 
 def find_or_create_experiment(client: MlflowClient, sweep: str, artifact_root: str | None) -> str:
-    """The id of a sweep's experiment. A new one's artifacts lie below `artifact_root`; None lets the server decide."""
+    """The id of a sweep's experiment. A new one's artifacts lie below `artifact_root`; None lets the server decide.
+
+    Raises TrackingUnavailable where somebody has deleted it.
+    """
     experiment = client.get_experiment_by_name(sweep)
     if experiment is not None:
+        if experiment.lifecycle_stage == LifecycleStage.DELETED:
+            raise _deleted(redact_url(client.tracking_uri), sweep, experiment.experiment_id, artifact_root is None)
         return experiment.experiment_id
     return client.create_experiment(sweep, artifact_location=artifact_root and f"{artifact_root}/{sweep}")
+
+
+def _deleted(address: str, sweep: str, experiment: str, is_server: bool) -> TrackingUnavailable:
+    store = "(the server's own store)" if is_server else f"'{address}'"
+    return TrackingUnavailable(
+        f"experiment {sweep} was deleted in MLflow; with MLFLOW_TRACKING_URI='{address}' restore it: "
+        f"mlflow experiments restore --experiment-id {experiment}; or remove it for good: "
+        f"mlflow gc --experiment-ids {experiment} --backend-store-uri {store}"
+    )
 
 
 def shown_name(metric: str) -> str:

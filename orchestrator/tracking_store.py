@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from sqlalchemy import create_engine, inspect
@@ -12,6 +13,8 @@ from qkmodel.errors import InputError
 # by which runs, logged models and registered dictionaries are found
 TRAINING_TAG = "qk.training_id"
 STUDY_TAG = "qk.study_id"
+# of a parent run with `SweepRecord.run_tag`, of a version with the sweep's name
+SWEEP_TAG = "qk.sweep"
 # beside the sweeps' folders
 LOCK_FILE = "mlflow.db.lock"
 # a dead server then costs seconds instead of minutes; what the user set stays
@@ -19,7 +22,16 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    # of PostgreSQL's client library
+    "PGCONNECT_TIMEOUT": "10",
 }
+# what MLflow's client tells of a request, and the same for people
+_REQUEST_FAILURES = [
+    (re.compile(r"too many (\d+) error responses"), r"it answers \1"),
+    (re.compile(r"\[Errno -?\d+\] ([A-Za-z ]+)"), r"\1"),
+    (re.compile(r"timed out"), "it takes too long to answer"),
+    (re.compile(r"Connection reset by peer|Remote end closed connection"), "it closes connections"),
+]
 
 
 class TrackingUnavailable(Exception):
@@ -59,7 +71,9 @@ def prepare_client() -> None:
 
 def ask_database(address: str) -> None:
     """Raises SQLAlchemyError or ImportError where a database does not answer: MLflow itself retries for minutes."""
-    engine = create_engine(address)
+    # the other drivers' patience is in `_PATIENCE`, or they need none
+    patience = {"connect_timeout": 10, "read_timeout": 10} if address.startswith("mysql") else {}
+    engine = create_engine(address, connect_args=patience)
     inspect(engine).get_table_names()
     engine.dispose()
 
@@ -69,4 +83,13 @@ def unavailable(address: str, error: Exception) -> TrackingUnavailable:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # a download that failed is told in a list
     reason = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
-    return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: {redact_url(reason)}")
+    return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: {_shortened(redact_url(reason))}")
+
+
+def _shortened(reason: str) -> str:
+    if reason.startswith("API request to "):
+        for pattern, words in _REQUEST_FAILURES:
+            found = pattern.search(reason)
+            if found is not None:
+                return found.expand(words).strip().lower()
+    return reason

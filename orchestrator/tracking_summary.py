@@ -7,9 +7,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_tables import Study, Training
+from orchestrator.objectives import OBJECTIVES
+from orchestrator.pareto import point_of
 from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses
 from orchestrator.study_names import study_names
+from orchestrator.tracking_notes import results_mark
 from orchestrator.tracking_run import MAX_METRICS, batches, milliseconds
 from orchestrator.tracking_store import STUDY_TAG
 
@@ -17,7 +20,9 @@ from orchestrator.tracking_store import STUDY_TAG
 DESCRIPTION_TAG = "mlflow.note.content"
 # what MLflow keeps of a tag
 MAX_CHARACTERS = 8000
-_MOST_ROWS, _MOST_FAILURES = 12, 5
+# how many rows of each front, the most that fit
+_ROWS = (12, 6, 3, 1, 0)
+_MOST_FAILURES, _MOST_ERROR_CHARACTERS = 5, 200
 
 
 class SweepSummary:
@@ -35,67 +40,85 @@ class SweepSummary:
         statuses = study_statuses(self._ledger)
         for status in statuses:
             self._deliver_hypervolumes(status, names[status.study.study_id], notes)
-        text = _shortened(
-            "\n\n".join(_description(status, names[status.study.study_id], self._experiment) for status in statuses)
-        )
+        text = _description(statuses, names, self._experiment)
         if notes.get("description") != text:
             self._client.set_tag(self._parent, DESCRIPTION_TAG, text)
             self._ledger.note_delivered(self._parent, "description", text)
 
     def _deliver_hypervolumes(self, status: StudyStatus, name: str, notes: Mapping[str, str]) -> None:
         """A point per finished training: after how many tokens of the study's ended trainings, which hypervolume."""
-        finished = sum(training.state == "finished" for training in status.trainings)
-        sent = int(notes.get(f"hypervolume {name}", 0))
-        if finished <= sent:
+        finished = [training for training in status.trainings if training.state == "finished"]
+        finished.sort(key=lambda one: (one.finished, one.number))
+        mark = f"{len(finished)} {results_mark(finished)}"
+        before = notes.get(f"hypervolume {name}", "0")
+        if not finished or before == mark:
             return
+        # where one of those that were sent has finished anew, all points may have moved
+        sent = int(before.partition(" ")[0])
+        sent = sent if before == f"{sent} {results_mark(finished[:sent])}" else 0
         points = hypervolumes_by_tokens(status)[sent:]
         metrics = [Metric(f"hypervolume_{name}", point.value, milliseconds(point.at), point.tokens) for point in points]
         for batch in batches(metrics, MAX_METRICS):
             self._client.log_batch(self._parent, metrics=batch)
-        self._ledger.note_delivered(self._parent, f"hypervolume {name}", str(finished))
+        self._ledger.note_delivered(self._parent, f"hypervolume {name}", mark)
 
 
-def _shortened(text: str) -> str:
-    """As many whole lines as MLflow keeps."""
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rpartition("\n")[0]
+def _description(statuses: Sequence[StudyStatus], names: Mapping[str, str], experiment: str) -> str:
+    """Of all studies as much as MLflow keeps: first rows of fronts are left out, then last studies, which are named."""
+    for rows in _ROWS:
+        parts = [_of_study(status, names[status.study.study_id], experiment, rows) for status in statuses]
+        if len("\n\n".join(parts)) <= MAX_CHARACTERS:
+            return "\n\n".join(parts)
+    for shown in range(len(parts) - 1, -1, -1):
+        left_out = ", ".join(names[status.study.study_id] for status in statuses[shown:])
+        text = "\n\n".join([*parts[:shown], f"Left out for want of room: {left_out}; see fronts/"])
+        if len(text) <= MAX_CHARACTERS:
+            return text
+    return f"{len(statuses)} studies: see fronts/"
 
 
-def _front_address(experiment: str, study_id: str) -> str:
+def _front_address(experiment: str, study: Study) -> str:
     """Where MLflow's UI lists the trainings on a study's front by ascending l0, relative to any of its pages."""
     query = {
         "workflowType": "machine_learning",
-        "searchFilter": f"tags.pareto = 'true' and tags.`{STUDY_TAG}` = '{study_id}'",
+        "searchFilter": f"tags.pareto = 'true' and tags.`{STUDY_TAG}` = '{study.study_id}'",
         # the UI nests runs below their parent only while they are sorted by time
-        "orderByKey": "metrics.`l0`",
+        "orderByKey": f"metrics.`{OBJECTIVES[study.task].size}`",
         "orderByAsc": "true",
     }
     return f"#/experiments/{experiment}/runs?{urlencode(query)}"
 
 
-def _description(status: StudyStatus, name: str, experiment: str) -> str:
+def _of_study(status: StudyStatus, name: str, experiment: str, rows: int) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in status.counts.items() if count)
-    front = f"[{len(status.front)} on the front]({_front_address(experiment, status.study.study_id)})"
+    front = f"[{len(status.front)} on the front]({_front_address(experiment, status.study)})"
     lines = [f"### {name}", f"{counts}; {front}, hypervolume {status.hypervolume:.2f}", ""]
-    if status.front:
-        lines += ["| training | l0 | KL | recovered | recovered, no BOS |", "|---|---|---|---|---|"]
-        lines += [_front_row(training) for training in status.front[:_MOST_ROWS]]
-        if len(status.front) > _MOST_ROWS:
-            lines += ["", f"and {len(status.front) - _MOST_ROWS} more: fronts/{name}.json"]
+    shown = status.front[:rows]
+    if shown:
+        found = OBJECTIVES[status.study.task]
+        lines += [f"| training | {found.size} | {found.kl} | recovered | recovered, no BOS |", "|---|---|---|---|---|"]
+        lines += [*map(_front_row, shown), ""]
+    if len(status.front) > len(shown):
+        lines += [f"and {len(status.front) - len(shown)} more: fronts/{name}.json" if shown else f"fronts/{name}.json"]
     failures = [training for training in status.trainings if training.state == "failed"]
     lines += _failure_lines(failures)
     return "\n".join(lines)
 
 
 def _front_row(training: Training) -> str:
-    figures = training.metrics
-    no_bos = figures.get("kl_recovered_no_bos")
-    shown = "" if no_bos is None else f"{no_bos:.1%}"
-    return f"| {training.label} | {figures['l0']:.1f} | {figures['kl']:.4f} | {figures['kl_recovered']:.1%} | {shown} |"
+    (size, kl), no_bos = point_of(training), training.metrics.get("kl_recovered_no_bos")
+    recovered, shown = training.metrics[training.objectives.recovered], "" if no_bos is None else f"{no_bos:.1%}"
+    return f"| {training.label} | {size:,.1f} | {kl:.4f} | {recovered:.1%} | {shown} |"
 
 
 def _failure_lines(failures: Sequence[Training]) -> list[str]:
     if not failures:
         return []
-    shown = [f"- {one.label}: `{(one.error or '').replace('`', chr(39))}`" for one in failures[:_MOST_FAILURES]]
+    shown = [f"- {one.label}: `{_error(one)}`" for one in failures[:_MOST_FAILURES]]
     rest = len(failures) - len(shown)
     return ["", f"{len(failures)} failed:", "", *shown, *([f"- and {rest} more"] if rest else [])]
+
+
+def _error(training: Training) -> str:
+    text = (training.error or "").replace("`", "'")
+    return text if len(text) <= _MOST_ERROR_CHARACTERS else f"{text[:_MOST_ERROR_CHARACTERS]}…"

@@ -23,15 +23,17 @@ class TrackingThread:
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
-    def stop(self, ended: EndStatus, patience: float | None = None) -> str | None:
+    def stop(self, ended: EndStatus, patience: float) -> str | None:
         """End the thread with a last delivery, which ends the parent run with this status.
 
-        It is waited for `patience` seconds at most, None: until it is done; what it does not get through is still owed.
-        Returns the error of the last delivery, None where it succeeded.
+        It is waited for `patience` seconds at most; what it does not get through is still owed.
+        Returns why the last delivery did not succeed, None where it did.
         """
         self._ended = ended
         self._stop.set()
         self._thread.join(patience)
+        if self._thread.is_alive():
+            return self.error or f"MLflow at {self._tracker.address} takes more than {patience:g} s to get the rest"
         return self.error
 
     def _run(self) -> None:

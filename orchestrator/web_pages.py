@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qkmodel.errors import InputError
 
@@ -20,15 +20,18 @@ def require_free(port: int) -> None:
             raise InputError(f"--port: {port} is in use on this machine; give another")
 
 
-def serve(commands: Sequence[Sequence[str]]) -> bool:
-    """Runs all commands until this process is asked to end, or one of them ends by itself: then the answer is False."""
+def serve(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> bool:
+    """Runs all commands until this process is asked to end, or one of them ends by itself: then the answer is False.
+
+    `environment` goes to each beside this process's own.
+    """
     # one worker per server is enough for one person; MLflow would send to its makers how its pages are used
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    own = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        processes += [subprocess.Popen(command, env=environment) for command in commands]
+        processes += [subprocess.Popen(command, env=own | environment) for command in commands]
         while all(process.poll() is None for process in processes):
             time.sleep(CHECK_SECONDS)
         return False
@@ -41,13 +44,17 @@ def serve(commands: Sequence[Sequence[str]]) -> bool:
             process.wait()
 
 
-def mlflow_command(address: str, port: int) -> list[str]:
+def mlflow_environment(address: str) -> dict[str, str]:
+    """What tells `mlflow_command` of the database it is to serve: every user of the machine can read command lines."""
+    return {"MLFLOW_BACKEND_STORE_URI": address}
+
+
+def mlflow_command(port: int) -> list[str]:
     """The command that serves a database store on this machine's loopback address.
 
     One worker and no job executor: the UI is for one person, and each further process costs seconds to start.
     """
     return [
         *(sys.executable, "-m", "mlflow", "server"),
-        *("--backend-store-uri", address),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
     ]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from orchestrator.ledger import Ledger
+from orchestrator.report import REPORT_FILE
 from orchestrator.report.dictionary_facts import DictionaryFacts, examine
 from orchestrator.report.page import ReportContent, render_page
 from orchestrator.report.sweep_facts import StudyFacts, SweepFacts, gather_sweep
@@ -10,15 +11,18 @@ from orchestrator.report.token_texts import TokenTexts
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
 
-REPORT_FILE = "report.html"
-
 
 def write_report(ledger: Ledger, output: Path | None = None, training_id: str | None = None) -> tuple[Path, list[str]]:
     """Writes a sweep's report to `output` (None: `report.html` in the sweep's folder).
 
     Returns the file and what it leaves out, in lines. `training_id` stands for its study in place of the front's knee.
-    Raises InputError for an id of no finished training and a place that cannot be written to.
+    Raises InputError for an id of no finished training, a place that cannot be written to, and a sweep of pair masks.
     """
+    if any(study.task == "pair_mask" for study in ledger.studies()):
+        raise InputError(
+            f"{ledger.folder.name}: a report is of transcoders; orchestrate fronts shows masks, orchestrate explain "
+            "what one of them keeps"
+        )
     path = ledger.folder / REPORT_FILE if output is None else output
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"--output: {path} is no file in a folder that is there")

@@ -92,7 +92,8 @@ class Page:
 
     async def wait_for_text(self, *texts: str) -> None:
         """Waits until a person can read all of them; spaces of any kind and number are one."""
-        read = r"document.body.innerText.replace(/\s+/g, ' ')"
+        # while a page is loaded it has no body yet
+        read = r"(document.body?.innerText ?? '').replace(/\s+/g, ' ')"
         await self.wait_for(f"{json.dumps(texts)}.every((one) => {read}.includes(one))")
 
     async def click(self, element: str) -> None:

@@ -254,6 +254,7 @@ def test_mlflow_holds_a_parent_and_a_child_per_training(first: Snapshot) -> None
     found, by_id = first.tracked, {one.training_id: one for one in first.trainings}
     assert (found.parent.info.run_name, found.parent.info.status) == ("first", "FINISHED")
     assert {"sweep.yaml", "fronts/L01.png", "fronts/L01.html", "fronts/L01.json"} <= found.parent_artifacts
+    assert first.status["owed"]["anything"] is False
     assert found.children.keys() == by_id.keys()
     for identifier, run in found.children.items():
         training = by_id[identifier]

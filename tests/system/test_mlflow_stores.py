@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -10,8 +11,9 @@ from orchestrator.ledger import Ledger
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable
-from tests.orchestrator.test_tracking import IDENTITY, REFERENCE, finish, start
-from tests.system.services import MlflowServer, PostgresServer
+from tests.orchestrator.sweep_files import write_sweep
+from tests.orchestrator.tracking_world import IDENTITY, REFERENCE, finish, start
+from tests.system.services import MlflowServer, PostgresServer, mlflow_ui
 
 pytestmark = pytest.mark.system
 
@@ -28,9 +30,10 @@ def postgres() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def ledger(tmp_path: Path, request: pytest.FixtureRequest) -> Ledger:
+    """Of a sweep that has the test's name: stores are shared."""
     ledger = Ledger(tmp_path / "runs" / "l1" / "ledger.sqlite")
-    ledger.open_sweep("l1", {}, None, {})
+    ledger.open_sweep(request.node.name, {}, None, {})
     ledger.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
     ledger.set_reference("study", REFERENCE)
     return ledger
@@ -48,8 +51,8 @@ def deliver_in_two_parts(address: str, ledger: Ledger) -> None:
     again.deliver("FINISHED")
 
 
-def assert_complete(client: MlflowClient) -> None:
-    found = client.search_runs([client.get_experiment_by_name("l1").experiment_id])
+def assert_complete(client: MlflowClient, ledger: Ledger) -> None:
+    found = client.search_runs([client.get_experiment_by_name(ledger.sweep().name).experiment_id])
     (parent,) = [run for run in found if "qk.sweep" in run.data.tags]
     (child,) = [run for run in found if run.data.tags.get("qk.training_id") == "one"]
     assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
@@ -61,7 +64,25 @@ def assert_complete(client: MlflowClient) -> None:
 
 def test_postgresql_directly(postgres: PostgresServer, ledger: Ledger) -> None:
     deliver_in_two_parts(postgres.url, ledger)
-    assert_complete(MlflowClient(postgres.url))
+    assert_complete(MlflowClient(postgres.url), ledger)
+
+
+def test_postgresql_behind_a_server(postgres: PostgresServer, ledger: Ledger, tmp_path: Path) -> None:
+    with MlflowServer(tmp_path, store=postgres.url) as server:
+        deliver_in_two_parts(server.url, ledger)
+        assert_complete(MlflowClient(server.url), ledger)
+
+
+def test_the_ui_shows_no_password_in_a_command_line(postgres: PostgresServer, ledger: Ledger, tmp_path: Path) -> None:
+    # it lets everybody in, whatever the password
+    address = postgres.url.replace("@", ":hunter2@")
+    deliver_in_two_parts(address, ledger)
+    write_sweep(tmp_path, tracking=address)
+    with mlflow_ui("sweep.yaml", tmp_path) as ui:
+        assert_complete(MlflowClient(ui), ledger)
+        words = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or ()]
+        assert ui.rpartition(":")[2] in words
+        assert [word for word in words if "hunter2" in word] == []
 
 
 def test_a_server_that_asks_for_a_password(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +102,12 @@ def test_a_server_that_asks_for_a_password(ledger: Ledger, tmp_path: Path, monke
         with pytest.raises(TrackingUnavailable) as refused:
             Tracker(server.url, tmp_path, ledger).deliver()
         assert "not the password" not in str(refused.value)
-        assert owed(ledger) == Owed(1, 0)
+        assert owed(ledger) == Owed(1, 0, anything=True)
         ledger.fail("waiting", "not of interest")
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         deliver_in_two_parts(server.url, ledger)
-        assert_complete(MlflowClient(server.url))
-        assert owed(ledger) == Owed(0, 0)
+        assert_complete(MlflowClient(server.url), ledger)
+        assert owed(ledger) == Owed(0, 0, anything=False)
     finally:
         server.kill()
 

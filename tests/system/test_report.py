@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from tests.orchestrator.report.pages import ParsedPage
 from tests.system.browser import CHROMIUM, Page, browser_page
@@ -38,9 +40,17 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 @pytest.fixture(scope="module")
 def report(sweep: Sweep) -> Path:
     out, err = sweep.run("report", "first.yaml")
-    assert "left out" not in err
+    assert "left out" not in err and "MLflow" not in err
     assert out.strip() == str(sweep.storage / "first" / "report.html")
     return Path(out.strip())
+
+
+def test_mlflow_has_the_report_on_the_sweeps_run(sweep: Sweep, report: Path) -> None:
+    client = MlflowClient(f"sqlite:///{sweep.storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("first")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.`qk.sweep` != ''")
+    sent = mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/report.html")
+    assert sent == report.read_text()
 
 
 def test_a_report_is_one_file_of_the_ledgers_figures(sweep: Sweep, report: Path) -> None:
