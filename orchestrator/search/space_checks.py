@@ -56,7 +56,7 @@ def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings:
             f"search.sampler: {sampler} cannot search a list of alternatives; write auto, tpe, random or grid"
         )
     if sampler == "grid":
-        size = grid_size(alternatives)
+        size = grid_size([_of_some_dictionary(alternative) for alternative in alternatives])
         if size > trainings:
             raise InputError(
                 f"search.space: the grid has {size} points but search.trainings is {trainings}: "
@@ -133,14 +133,13 @@ def _check_combinations(where: str, alternative: Alternative) -> None:
     """Build the trainings at the corners of the space.
 
     Every rule of `Hyperparameters` about a number is a bound or an order between two numbers, so the
-    smallest and the largest value of each speak for those between them. Which dictionaries masks are of is not known
-    here.
+    smallest and the largest value of each speak for those between them.
     """
-    corners = {"dictionary": ("0" * 16,)} if task_of(alternative) == "pair_mask" else {}
-    for name, setting in ordered(alternative):
+    corners = {}
+    for name, setting in ordered(_of_some_dictionary(alternative)):
         if isinstance(setting, Range):
             corners[name] = (setting.low, setting.high)
-        elif isinstance(type_of(name), type):
+        elif type_of(name) is not str and isinstance(type_of(name), type):
             corners[name] = tuple(dict.fromkeys((min(values(setting)), max(values(setting)))))
         else:
             corners[name] = tuple(values(setting))
@@ -149,6 +148,11 @@ def _check_combinations(where: str, alternative: Alternative) -> None:
             parse_hyperparameters(dict(zip(corners, combination, strict=True)))
         except ValidationError as error:
             raise InputError(_explain(where, alternative, error)) from None
+
+
+def _of_some_dictionary(alternative: Alternative) -> Alternative:
+    """Whose pairs masks choose from is not known here."""
+    return {"dictionary": "0" * 16, **alternative} if task_of(alternative) == "pair_mask" else alternative
 
 
 def _explain(where: str, alternative: Alternative, error: ValidationError) -> str:

@@ -131,6 +131,7 @@ BROKEN = {
     "number for a switch": ([MASK | {"joint": 1}], "auto", 9, ["search.space.joint:", "neither true nor false"]),
     "range of a switch": ([MASK | {"joint": {"low": 0, "high": 1}}], "auto", 9, ["joint:", "one of true, false"]),
     "mask without candidates": ([MASK | {"pair_cost": [1e-7, 0]}], "auto", 9, ["pair_cost:", "greater than 0"]),
+    "grid of masks": ([MASK | {"joint": [True, False]}], "grid", 3, ["4 points", "raise it to 4"]),
     "dictionary in the space": ([MASK | {"dictionary": "a"}], "auto", 9, ["dictionary:", "pair_mask.dictionaries"]),
     "broken number": ([TOPK | {"k": [8, 8.5]}], "auto", 9, ["search.space.k:", "8.5", "whole number"]),
     "broken bound": ([TOPK | {"k": {"low": 0.5, "high": 8}}], "auto", 9, ["search.space.k:", "0.5", "whole"]),
