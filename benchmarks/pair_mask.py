@@ -1,14 +1,17 @@
 """Step 2 on SmolLM2: KL against pairs kept for trained masks, saliency, weights and chance; speed beside a dense mask.
 
-    python benchmarks/pair_mask.py            about half an hour on two cores
+    python benchmarks/pair_mask.py            about an hour on two cores
+    python benchmarks/pair_mask.py --only curve|speed|large
 
 A TopK 16 dictionary with 1,024 features a side is trained on layer 8 first. The dense mask is the paper's step 2
-written plainly, made exact for rotary embeddings, at 512 features a side. The last line is the figures, as JSON.
+written plainly, made exact for rotary embeddings, at 512 features a side. `large` has 16,384 features a side, 2.4
+billion pairs, and says how much memory that takes. The last line is the figures, as JSON.
 """
 
 import argparse
 import json
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +42,7 @@ LAYER, FEATURES, K = 8, 1024, 16
 TRAINING = TrainingConfig(tokens=410_000, batch_sequences=4, validation_sequences=200, learning_rate_schedule="linear")
 CALIBRATION, CANDIDATE_SHARE = 128, 0.04
 SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LARGE_FEATURES, LARGE_CANDIDATE_SHARE, LARGE_STEPS = 16_384, 1e-3, 40
 THREADS = os.cpu_count() or 1
 
 
@@ -200,10 +204,34 @@ def speed(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, float]:
     }
 
 
+def large(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, float]:
+    """Saliency and steps of a mask among all pairs of a large dictionary; what they add to the peak of memory."""
+    total = bench.layer.geometry.n_heads * LARGE_FEATURES**2
+    most = int(LARGE_CANDIDATE_SHARE * total)
+    calibration = bench.codes("train", list(range(CALIBRATION)))
+    before, began = peak_bytes(), time.perf_counter()
+    found = salient_pairs(bench.transcoder, bench.layer, calibration, most, THREADS)
+    figures = {"pairs": total, "candidates": len(found.pairs), "saliency_seconds": time.perf_counter() - began}
+    figures["saliency_added_bytes"] = peak_bytes() - before
+    began = time.perf_counter()
+    settings = MaskHyperparameters(dictionary="0" * 16, pair_cost=1e-7, learning_rate=0.1)
+    trainer = bench.train_mask(found.pairs, settings, LARGE_STEPS, pool)
+    figures["step_seconds"] = (time.perf_counter() - began) / LARGE_STEPS
+    held_out = bench.codes("validation", list(range(16)))
+    figures["kl"] = mask_kl(bench.transcoder, bench.layer, held_out, found.pairs, pool)
+    figures["kl_masked"] = mask_kl(bench.transcoder, bench.layer, held_out, trainer.kept, pool)
+    return figures | {"kept": len(trainer.kept), "added_bytes": peak_bytes() - before, "peak_bytes": peak_bytes()}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400, help="steps of 8 sequences per mask")
-    parser.add_argument("--only", choices=["curve", "speed"], help="one part")
+    parser.add_argument("--only", choices=["curve", "speed", "large"], help="one part")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, object] = {}
@@ -212,7 +240,7 @@ def main() -> None:
         ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         cache = build_cache(load_smollm2(), [LAYER], TRAINING, Path(folder))
-        if arguments.only != "speed":
+        if arguments.only in (None, "curve"):
             bench = Bench(cache, FEATURES, TRAINING.tokens)
             held_out = bench.codes("validation", list(range(100)))
             began = time.perf_counter()
@@ -225,8 +253,10 @@ def main() -> None:
             )
             candidates = found.first(int(CANDIDATE_SHARE * bench.layer.geometry.n_heads * FEATURES**2))
             figures["trained"] = trained_points(bench, candidates, found.salient, held_out, arguments.steps, pool)
-        if arguments.only != "curve":
+        if arguments.only in (None, "speed"):
             figures["speed"] = speed(Bench(cache, 512, 100_000), pool)
+        if arguments.only in (None, "large"):
+            figures["large"] = large(Bench(cache, LARGE_FEATURES, 100_000), pool)
     print(json.dumps(figures))
 
 

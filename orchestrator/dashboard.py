@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Training
+from orchestrator.objectives import OBJECTIVES
 from orchestrator.pareto import final_values
 from orchestrator.study_names import study_names
 from qkmodel.errors import InputError
@@ -32,7 +33,8 @@ _STATES = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "faile
 def export_studies(ledger: Ledger) -> str:
     """Writes the studies to a file in the sweep's folder, in place of the last export, and answers its address.
 
-    Minimised are `kl` and `l0`. Trainings that are still to end are left out; stopped ones are pruned trials.
+    Minimised are `kl` and `l0`, or those of pair masks. Trainings that are still to end are left out; stopped ones are
+    pruned trials.
     """
     path = ledger.folder / DASHBOARD_FILE
     for old in (path, *path.parent.glob(f"{DASHBOARD_FILE}-*")):
@@ -47,7 +49,7 @@ def export_studies(ledger: Ledger) -> str:
         for study in studies:
             name = f"{ledger.sweep().name} {names[study.study_id]}"
             exported = optuna.create_study(storage=storage, study_name=name, directions=["minimize"] * 2)
-            exported.set_metric_names(["kl", "l0"])
+            exported.set_metric_names([OBJECTIVES[study.task].kl, OBJECTIVES[study.task].size])
             exported.add_trials(list(_trials(ledger.trainings(study.study_id))))
     finally:
         optuna.logging.set_verbosity(verbosity)

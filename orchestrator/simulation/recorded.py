@@ -61,6 +61,8 @@ class RecordedSweep:
 def read_recorded_sweep(ledger: Ledger) -> RecordedSweep:
     """Reads what a replay needs. Raises InputError when no training of the sweep's present space has finished."""
     config = ledger.sweep().config
+    if config.get("task") == "pair_mask":
+        raise InputError(f"{ledger.path}: is of pair masks; only searches for transcoders can be replayed")
     search = SearchConfig.model_validate(config["search"])
     training, context = config["training"], config["corpus"]["context"]
     per_step = training["batch_sequences"] * context
