@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from orchestrator.ledger_tables import Training
-from orchestrator.objectives import OBJECTIVES
+from orchestrator.objectives import Objectives
 from orchestrator.pareto import knee, point_of
 from orchestrator.status import StudyStatus
 from qkmodel.errors import InputError
@@ -58,9 +58,8 @@ class SizeRule:
     def slug(self) -> str:
         return f"{_SIZES[self.task]}-{_number(self.most)}"
 
-    @property
-    def words(self) -> str:
-        return f"has {OBJECTIVES[self.task].size} ≤ {self.limit:g}"
+    def words(self, objectives: Objectives) -> str:
+        return f"has {objectives.size} ≤ {self.limit:g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
         inside = [one for one in front if point_of(one)[0] <= self.limit]
@@ -77,9 +76,8 @@ class RecoveredRule:
     def slug(self) -> str:
         return f"recovered-{_number(self.share * 100)}"
 
-    @property
-    def words(self) -> str:
-        return f"has kl_recovered ≥ {float(self.share):g}"
+    def words(self, objectives: Objectives) -> str:
+        return f"has {objectives.recovered} ≥ {float(self.share):g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
         inside = [one for one in front if _recovered(one) >= float(self.share)]
@@ -160,9 +158,10 @@ def _what_there_is(status: StudyStatus, rule: FrontRule) -> str:
     if isinstance(rule, KneeRule) or not front:
         return f"{status.title}: the front is empty; nothing has finished inside the feasible box yet"
     recovered, sizes = [_recovered(one) for one in front], [point_of(one)[0] for one in front]
-    size = front[0].objectives.size
-    offered = f"{size} {sizes[0]:.6g} to {sizes[-1]:.6g} and kl_recovered {min(recovered):.4g} to {max(recovered):.4g}"
-    return f"{status.title}: no training on the front {rule.words}; it offers {offered}"
+    found = front[0].objectives
+    offered = f"{found.size} {sizes[0]:.6g} to {sizes[-1]:.6g}"
+    offered += f" and {found.recovered} {min(recovered):.4g} to {max(recovered):.4g}"
+    return f"{status.title}: no training on the front {rule.words(found)}; it offers {offered}"
 
 
 def _recovered(training: Training) -> float:

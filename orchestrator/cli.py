@@ -103,7 +103,9 @@ def fronts(sweep: SweepArgument, as_json: JsonOption = False) -> None:
 def choose(
     sweep: SweepArgument,
     layer: LayerOption = None,
-    rule: Annotated[str, typer.Option(help="knee, l0=16, kl_recovered>=0.95 or training=ID.")] = "knee",
+    rule: Annotated[
+        str, typer.Option(help="knee, l0=16 (of masks pairs=9000), kl_recovered>=0.95 or training=ID.")
+    ] = "knee",
     as_json: JsonOption = False,
 ) -> None:
     """Register one dictionary of each front in MLflow's registry, and print the Python that loads it."""
@@ -130,7 +132,9 @@ def export(
     sweep: SweepArgument,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write; it must not be there yet.")],
     layer: LayerOption = None,
-    rule: Annotated[str | None, typer.Option(help="knee (default), l0=16, kl_recovered>=0.95 or training=ID.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="knee (default), l0=16 (of masks pairs=9000), kl_recovered>=0.95 or training=ID.")
+    ] = None,
     training: Annotated[str | None, typer.Option(metavar="ID", help="The same as --rule training=ID.")] = None,
 ) -> None:
     """Write one dictionary as a folder for a model hub: safetensors, configuration and a model card."""
@@ -288,15 +292,15 @@ def report(
         messages.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     if output is None:
-        _deliver_report(ledger, *_tracking_of(sweep))
+        _deliver_report(sweep, ledger)
 
 
-def _deliver_report(ledger: Ledger, tracking: str | None, storage: Path) -> None:
+def _deliver_report(sweep: str, ledger: Ledger) -> None:
     from orchestrator.late_delivery import deliver_late
     from orchestrator.tracking_store import TrackingUnavailable
 
     try:
-        deliver_late(ledger, tracking, storage)
+        deliver_late(ledger, *_tracking_of(sweep))
     except (InputError, TrackingUnavailable) as error:
         # it is written all the same, and a driver at work delivers it
         messages.print(f"MLflow does not have it yet: {error}", markup=False, highlight=False, soft_wrap=True)

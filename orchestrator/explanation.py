@@ -106,6 +106,7 @@ def explanation_table(found: HeadExplanation, tokens: Sequence[str]) -> Table:
     table.add_column("query feature × key feature: contribution")
     for look in found.looks:
         pairs = [f"{one.query_feature}×{one.key_feature}: {one.contribution:+.2f}" for one in look.pairs]
+        rest = [f"others: {look.others:+.2f}", *([f"not kept: {look.left_out:+.2f}"] if look.left_out else [])]
         table.add_row(
             Text(_shown(tokens, look.query)),
             Text(_shown(tokens, look.key)),
@@ -113,7 +114,7 @@ def explanation_table(found: HeadExplanation, tokens: Sequence[str]) -> Table:
             f"{look.p_hat:.2f}",
             f"{look.score:+.2f}",
             f"{look.bias:+.2f}",
-            ", ".join([*pairs, f"others: {look.others:+.2f}"]),
+            ", ".join([*pairs, *rest]),
         )
     return table
 

@@ -108,10 +108,20 @@ def _check_corpus(plan: SweepPlan, manifest: Manifest, read_corpus: CorpusReader
         found = read_corpus(*plan.sequences_in_shards)
         _check_held_out(plan, found)
         manifest = manifest.with_available(available_sequences(found))
+    _check_calibration(plan, manifest)
     request = plan.cache_request(manifest)
     if missing_work(manifest, request).bytes > 0:
         refuse_without_room(plan.cache_root, manifest, request, plan.config.activations.max_bytes)
     return manifest
+
+
+def _check_calibration(plan: SweepPlan, manifest: Manifest) -> None:
+    available, masks = manifest.available["train"], plan.config.pair_mask
+    if masks is not None and available is not None and masks.calibration_sequences > available:
+        raise InputError(
+            f"pair_mask.calibration_sequences: {masks.calibration_sequences}, but the corpus gives only {available} "
+            "for training; ask for at most that"
+        )
 
 
 def _check_held_out(plan: SweepPlan, found: TokenisedCorpus) -> None:

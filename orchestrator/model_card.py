@@ -16,7 +16,8 @@ from qkmodel.model_description import BUNDLED_MODELS
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 _BOTH_WAYS = ("kl", "kl_query", "kl_key", "kl_baseline", "kl_recovered")
 _ONCE_OF_MASKS = (
-    *("kl", "kl_masked", "kl_no_pairs", "kl_baseline", "mask_recovered", "pairs_kept", "pairs_share"),
+    *("kl_masked", "kl", "kl_no_pairs", "kl_baseline", "kl_masked_recovered", "mask_recovered"),
+    *("pairs_kept", "pairs_share"),
     *("pairs_share_active", "pairs_for_90", "variance_share", "unpaired_query", "unpaired_key", "ce_recovered"),
 )
 _ONCE = ("l0", "l0_query", "l0_key", "top1", "max_error", "dead_query", "dead_key", "ce_recovered")
@@ -65,10 +66,16 @@ def _what_it_is(config: DictionaryConfig) -> str:
         f"Two sparse dictionaries ({features} features, {_code(config.hyperparameters.activation)}) that read what "
         f"attention layer {config.model.layer} of {_code(config.model.config.name)} receives and write the layer's "
         "queries and keys, trained so that the attention pattern made from them equals the model's own (after "
-        "[Wynroe & Sharkey 2024](https://www.lesswrong.com/posts/2ep6FGjTQoGDRnhrq/)). Trained on "
-        f"{config.training.tokens:,} tokens of {_code(config.corpus.config.name)} in sequences of "
-        f"{config.corpus.config.context}, {opened}."
+        f"[Wynroe & Sharkey 2024](https://www.lesswrong.com/posts/2ep6FGjTQoGDRnhrq/)). {_trained_on(config)} "
+        f"{_code(config.corpus.config.name)} in sequences of {config.corpus.config.context}, {opened}."
     )
+
+
+def _trained_on(config: DictionaryConfig) -> str:
+    if config.pair_mask is None:
+        return f"Trained on {config.training.tokens:,} tokens of"
+    # on which text the transcoders were is in the dictionary that they come from
+    return f"Their pairs were chosen on {config.pair_mask.training.tokens:,} tokens of"
 
 
 def _what_is_kept(config: DictionaryConfig) -> str:
@@ -97,11 +104,21 @@ def _front(training: Training) -> tuple[str, ...]:
 
 
 def _how_measured(config: DictionaryConfig) -> str:
-    return (
-        f"On {config.training.validation_sequences:,} held-out sequences of {config.corpus.config.context} tokens. "
-        "KL is in nats, mean over heads and query positions; *without BOS* leaves the first key position out. The "
-        "baseline has the mean query and key at every position; *recovered* is 1 − KL / baseline KL."
-    )
+    training = config.training if config.pair_mask is None else config.pair_mask.training
+    parts = [
+        f"On {training.validation_sequences:,} held-out sequences of {config.corpus.config.context} tokens.",
+        "KL is in nats, mean over heads and query positions.",
+        "The baseline has the mean query and key at every position.",
+    ]
+    if config.pair_mask is None:
+        parts.append("*Without BOS* leaves the first key position out; *recovered* is 1 − KL / baseline KL.")
+    else:
+        parts.append(
+            f"{_code('kl_masked')} is with the kept pairs, {_code('kl')} with all, {_code('kl_no_pairs')} with none; "
+            f"{_code('kl_masked_recovered')} is 1 − kl_masked / kl_baseline, {_code('mask_recovered')} "
+            "(kl_no_pairs − kl_masked) / (kl_no_pairs − kl)."
+        )
+    return " ".join(parts)
 
 
 def _how_to_load(training: Training) -> str:
@@ -111,9 +128,7 @@ from qkmodel import load_dictionary  # of the QK sweep orchestrator
 dictionary = load_dictionary("FOLDER", sha256="{training.dictionary_sha256}")
 # x: what the layer's query and key projections receive, [batch, token, d_model]
 f_query = dictionary.transcoder.query.encode(x)  # [batch, token, feature], non-negative
-q_hat, k_hat = dictionary.transcoder(x)  # flattened queries and keys, before rotary
-d_head = dictionary.config.geometry.d_head
-p_hat = dictionary.attention.pattern(q_hat.unflatten(-1, (-1, d_head)), k_hat.unflatten(-1, (-1, d_head)))
+p_hat = dictionary.pattern(x)  # [batch, head, query, key], of the kept pairs where they are masked
 ```
 
 The folder holds safetensors and JSON only; with `sha256` every file is compared with what was recorded in training."""

@@ -37,6 +37,7 @@ from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
 from qkmodel.activations import SPLITS, TOKENS, CacheKey, Manifest, Split, in_whole_shards, read_manifest
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.documents import CorpusDescription, describe_corpus, require_corpus
+from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription, describe_model
 from qkmodel.products import forward_products
 from qkmodel.reference import MEAN_SEQUENCES
@@ -233,6 +234,12 @@ class SweepPlan:
         return train, validation
 
 
+def _refuse_other_task(config: SweepConfig, ledger: Ledger) -> None:
+    """One sweep's trainings are shown together, which those of two tasks cannot be."""
+    if any(study.task != config.task for study in ledger.studies()):
+        raise InputError(f"task: the sweep in {ledger.folder} is of another task than {config.task}; give another name")
+
+
 def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool = False) -> SweepPlan:
     """What this sweep file asks for beyond what its ledger already holds. Creates nothing.
 
@@ -249,6 +256,8 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
     check_cluster()
     corpus = describe_corpus(config.corpus)
     ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
+    if ledger is not None:
+        _refuse_other_task(config, ledger)
     latest = ledger.attempt() if ledger is not None else None
     attempt = 0 if latest is None else latest + int(fresh)
     bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))

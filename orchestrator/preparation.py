@@ -11,7 +11,7 @@ from orchestrator.source_dictionaries import SourceDictionary
 from orchestrator.tables import counted
 from qkmodel.activation_build import BuildProgress, build_activation_cache
 from qkmodel.activations import ActivationCache
-from qkmodel.dictionary import find_loss, load_dictionary, save_dictionary
+from qkmodel.dictionary import Dictionary, load_dictionary, save_dictionary
 from qkmodel.errors import InputError
 from qkmodel.pair_mask.candidates import candidates_path, find_candidates, read_candidates
 from qkmodel.reference import LayerReference, ensure_reference, reference_path
@@ -68,14 +68,11 @@ def _source(
 ) -> SourceOrder:
     """A dictionary and its candidates on disk; what is there from before is kept."""
     masks = plan.config.pair_mask
-    if source.fetched is not None and find_loss(source.folder, source.sha256) is not None:
-        one = source.fetched
-        save_dictionary(source.folder, one.transcoder, one.attention, one.config)
+    dictionary = _open_source(source)
     most = source.candidates(masks.candidates)
     path = candidates_path(cache.folder / "candidates", source.sha256, masks.calibration_sequences, most)
     if not _is_whole(path):
         say(f"dictionary {source.name}: looking for the {counted(most, 'pair')} that matter most")
-        dictionary = load_dictionary(source.folder, source.sha256)
         find_candidates(
             path,
             source.sha256,
@@ -92,6 +89,18 @@ def _source(
         candidates=path,
         calibration_sequences=masks.calibration_sequences,
     )
+
+
+def _open_source(source: SourceDictionary) -> Dictionary:
+    """The dictionary, whole: a damaged one would fail every training. Raises InputError."""
+    try:
+        return load_dictionary(source.folder, source.sha256)
+    except InputError:
+        if source.fetched is None:
+            raise
+        one = source.fetched
+        save_dictionary(source.folder, one.transcoder, one.attention, one.config)
+        return load_dictionary(source.folder, source.sha256)
 
 
 def _is_whole(path: Path) -> bool:

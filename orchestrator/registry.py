@@ -287,7 +287,8 @@ def _shown_metrics(training: Training) -> tuple[str, ...]:
 
 def _ensure_registered_model(client: MlflowClient, name: str, study: Study) -> None:
     try:
-        client.create_registered_model(name, description=f"QK transcoders of {study.model}, layer {study.layer}")
+        what = "QK transcoders, their pairs masked," if study.task == "pair_mask" else "QK transcoders"
+        client.create_registered_model(name, description=f"{what} of {study.model}, layer {study.layer}")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

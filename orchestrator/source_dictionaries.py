@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from orchestrator.config import SweepConfig
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.pareto import front_trainings
+from orchestrator.plan_figures import storage_folder
 from qkmodel.dictionary import (
     CONFIG_FILE,
     Dictionary,
@@ -78,13 +80,12 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
     if reference.startswith("models:"):
         yield _registered(config, reference, cache_root)
         return
-    storage = Path(config.storage).expanduser().absolute()
     folder = user_path(_KEY, reference).absolute()
     if (folder / CONFIG_FILE).is_file():
         found, sha256 = read_dictionary_config(folder)
         yield SourceDictionary(folder, sha256, found)
         return
-    for sweep in (folder, storage / reference):
+    for sweep in (folder, storage_folder(config) / reference):
         ledger = Ledger.open_if_there(sweep / LEDGER_FILE)
         if ledger is not None:
             try:
@@ -94,17 +95,24 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
             return
     raise InputError(
         f"{_KEY}: {reference}: is neither a dictionary's folder nor a sweep; give the folder of one, the name of a "
-        f"sweep in {storage}, or models:/NAME@ALIAS"
+        f"sweep in {storage_folder(config)}, or models:/NAME@ALIAS"
     )
 
 
 def _registered(config: SweepConfig, reference: str, cache_root: Path) -> SourceDictionary:
     # takes seconds to import
-    from orchestrator.registry import load_dictionary
+    from orchestrator.tracking_store import tracking_address
 
-    dictionary = load_dictionary(reference, config.tracking)
+    dictionary = _fetch(reference, tracking_address(config.tracking, storage_folder(config))[0])
     sha256 = dictionary_sha256(dictionary.config)
     return SourceDictionary(cache_root / SOURCES_FOLDER / sha256, sha256, dictionary.config, dictionary)
+
+
+@cache
+def _fetch(reference: str, address: str) -> Dictionary:
+    from orchestrator.registry import load_dictionary
+
+    return load_dictionary(reference, address)
 
 
 def _fronts(ledger: Ledger, reference: str, layers: tuple[int, ...]) -> Iterator[SourceDictionary]:

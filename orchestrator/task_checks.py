@@ -35,9 +35,8 @@ def _check_masks(config: "SweepConfig") -> None:
     for name in _OF_TRANSCODERS:
         if name in config.training.model_fields_set:
             raise InputError(f"training.{name}: belongs to task transcoder; leave it out")
-    for name in ("first", "warm_start"):
-        if getattr(config.search, name):
-            raise InputError(f"search.{name}: belongs to task transcoder; leave it out")
+    if config.search.warm_start is not None:
+        raise InputError("search.warm_start: belongs to task transcoder; leave it out")
     if isinstance(config.halving, HalvingConfig):
         raise InputError("halving: a mask keeps few pairs only at its end; write null or leave it out")
     if config.resources.pack.gpu > 0:

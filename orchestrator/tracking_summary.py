@@ -95,8 +95,14 @@ def _of_study(status: StudyStatus, name: str, experiment: str, rows: int) -> str
     lines = [f"### {name}", f"{counts}; {front}, hypervolume {status.hypervolume:.2f}", ""]
     shown = status.front[:rows]
     if shown:
-        found = OBJECTIVES[status.study.task]
-        lines += [f"| training | {found.size} | {found.kl} | recovered | recovered, no BOS |", "|---|---|---|---|---|"]
+        found, titles = OBJECTIVES[status.study.task], ["training"]
+        titles += [
+            found.size,
+            found.kl,
+            "recovered",
+            *(["recovered, no BOS"] if status.study.task == "transcoder" else []),
+        ]
+        lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         lines += [*map(_front_row, shown), ""]
     if len(status.front) > len(shown):
         lines += [f"and {len(status.front) - len(shown)} more: fronts/{name}.json" if shown else f"fronts/{name}.json"]
@@ -106,9 +112,12 @@ def _of_study(status: StudyStatus, name: str, experiment: str, rows: int) -> str
 
 
 def _front_row(training: Training) -> str:
-    (size, kl), no_bos = point_of(training), training.metrics.get("kl_recovered_no_bos")
-    recovered, shown = training.metrics[training.objectives.recovered], "" if no_bos is None else f"{no_bos:.1%}"
-    return f"| {training.label} | {size:,.1f} | {kl:.4f} | {recovered:.1%} | {shown} |"
+    (size, kl), recovered = point_of(training), training.metrics[training.objectives.recovered]
+    if training.task == "pair_mask":
+        return f"| {training.label} | {size:,.0f} | {kl:.4f} | {recovered:.1%} |"
+    no_bos = training.metrics.get("kl_recovered_no_bos")
+    shown = "" if no_bos is None else f"{no_bos:.1%}"
+    return f"| {training.label} | {size:.1f} | {kl:.4f} | {recovered:.1%} | {shown} |"
 
 
 def _failure_lines(failures: Sequence[Training]) -> list[str]:

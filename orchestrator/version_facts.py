@@ -29,6 +29,7 @@ def provenance(sweep: SweepRecord, choice: Choice, config: DictionaryConfig) -> 
         "qk.model_weights_sha256": config.model.weights_sha256,
         "qk.corpus": study.corpus,
         "qk.corpus_sha256": config.corpus.sha256,
+        "qk.source_sha256": config.pair_mask.source_sha256 if config.pair_mask is not None else None,
         "qk.git_sha": config.git_sha,
     }
     return {name: value for name, value in facts.items() if value is not None}

@@ -20,8 +20,11 @@ def front_of_earlier_sweep(config: SweepConfig, layer: int) -> list[dict[str, An
     if config.search.warm_start is None:
         return []
     ledger = _open(config.search.warm_start, Path(config.storage).expanduser().absolute())
-    fronts = [front_trainings(ledger.trainings(study.study_id)) for study in ledger.studies()]
+    studies = [study for study in ledger.studies() if study.task == config.task]
+    fronts = [front_trainings(ledger.trainings(study.study_id)) for study in studies]
     ledger.close()
+    if not studies:
+        raise InputError(f"search.warm_start: {config.search.warm_start}: has no trainings of task {config.task}")
     same_layer = [front for front in fronts if front and front[0].layer == layer]
     return [one.hyperparameters for front in same_layer or fronts for one in front]
 

@@ -7,11 +7,13 @@ last and records the SHA-256 of the others, so its own hash, `dictionary_sha256`
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -20,8 +22,10 @@ from torch import Tensor
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.configs import CorpusConfig, ModelConfig, TrainingConfig
 from qkmodel.errors import InputError
+from qkmodel.evaluation import reconstructed_pattern
 from qkmodel.files import write_atomically
 from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.pair_mask.evaluation import masked_pattern
 from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
 from qkmodel.pair_mask.kept_pairs import KeptPairs
 from qkmodel.schema import Schema
@@ -90,7 +94,7 @@ class DictionaryConfig(Schema):
 
 @dataclass(frozen=True)
 class Dictionary:
-    """A loaded dictionary: `transcoder(x)` gives q̂ and k̂, `attention.pattern(…)` the pattern they make.
+    """A loaded dictionary: `transcoder(x)` gives q̂ and k̂, `pattern(x)` the pattern they make.
 
     `kept_pairs` are those that a mask left, None where there is no mask.
     """
@@ -99,6 +103,13 @@ class Dictionary:
     transcoder: QKTranscoder
     attention: AttentionLayer
     kept_pairs: KeptPairs | None = None
+
+    def pattern(self, x: Float[Tensor, "batch context d_model"]) -> Float[Tensor, "batch n_heads context context"]:
+        """p̂ of attention inputs `x`: from both sides' reconstructions, or from the kept pairs where they are masked."""
+        if self.kept_pairs is None:
+            return reconstructed_pattern(self.transcoder, self.attention, x)
+        with ThreadPoolExecutor() as pool:
+            return masked_pattern(self.transcoder, self.attention, self.kept_pairs.pairs, pool, x)
 
 
 def save_dictionary(

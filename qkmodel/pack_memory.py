@@ -82,11 +82,17 @@ def masks_bytes(
     forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
     patching = _patched_bytes(use, context) if use is not None and use.patched else 0
     weights = _weight_bytes(use.model) if use is not None else 0
-    dictionaries = (1 + len(candidates)) * LASTING_BYTES * _parameters(source, geometry)
-    pairs = CANDIDATE_BYTES * max(candidates) + MASKED_BYTES * sum(candidates)
+    # each with its decoders trained along, and a source of its own
+    dictionaries = 2 * len(candidates) * (LASTING_BYTES + STEP_BYTES) * _parameters(source, geometry)
+    pairs = (CANDIDATE_BYTES + MASKED_BYTES) * sum(candidates)
+    # decoder rows of active features, rotated, and their gradients by head
+    slots = context * max(
+        side.k or SPARSE_SHARE * side.dictionary_size for side in (source.query_side, source.key_side)
+    )
+    rows = 4 * 4 * round(slots) * geometry.n_heads * geometry.d_head
     # the true pattern, the bias terms, all terms, and their gradient
     scores = 4 * 4 * (batch + 1) * geometry.n_heads * context**2
-    return LIBRARIES_BYTES + RUNNING_BYTES + weights + dictionaries + pairs + max(scores + forward, patching)
+    return LIBRARIES_BYTES + RUNNING_BYTES + weights + dictionaries + pairs + max(scores + rows + forward, patching)
 
 
 def _weight_bytes(model: ModelDescription) -> int:

@@ -9,7 +9,7 @@ from orchestrator.packs.inputs import BRIEF_SEQUENCES, Metrics, PackInputs
 from orchestrator.versions import git_sha, package_versions
 from qkmodel.dictionary import Dictionary, DictionaryConfig, PairMaskConfig, load_dictionary, save_dictionary
 from qkmodel.evaluation import evaluate_cross_entropy
-from qkmodel.pair_mask.candidates import codes_of, read_candidates
+from qkmodel.pair_mask.candidates import SplitCodes, read_candidates
 from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl, masked_pattern
 from qkmodel.pair_mask.kept_pairs import KeptPairs
 from qkmodel.pair_mask.pack import MaskPackTrainer, MaskSource
@@ -53,7 +53,7 @@ class MaskPack:
         """With the pairs that would be kept if the choice were made now."""
         inputs, chosen = self._inputs, member.chosen()
         sequences = min(BRIEF_SEQUENCES, inputs.order.training.validation_sequences)
-        codes = codes_of(member.transcoder, inputs.layer, inputs.cache, "validation", sequences)
+        codes = SplitCodes(member.transcoder, inputs.layer, inputs.cache, "validation", sequences)
         kl = mask_kl(member.transcoder, inputs.layer, codes, chosen, pool)
         recovered = 1 - kl / inputs.reference.kl_baseline
         return {"kl_masked": kl, "kl_masked_recovered": recovered, "pairs_kept": float(len(chosen))}
@@ -61,7 +61,7 @@ class MaskPack:
     def _final(self, member: MaskTrainer, pool: ThreadPoolExecutor) -> Metrics:
         inputs, training, layer = self._inputs, self._inputs.order.training, self._inputs.layer
         salient = self.trainer.sources[member.hyperparameters.dictionary].candidates.salient
-        codes = codes_of(member.transcoder, layer, inputs.cache, "validation", training.validation_sequences)
+        codes = SplitCodes(member.transcoder, layer, inputs.cache, "validation", training.validation_sequences)
         metrics, shares = evaluate_mask(member.transcoder, layer, codes, member.kept, salient, pool)
         self._shares.append(shares)
         baseline = inputs.reference.kl_baseline

@@ -20,8 +20,8 @@ from qkmodel.pair_mask.explanation import HeadExplanation
 
 # a page shows so many pairs with contexts, those of the largest contributions, and so many contexts of each
 MOST_PAIRS, CONTEXTS = 12, 3
-# tokens of a context on either side of where its pair meets
-SURROUNDINGS = 10
+# tokens shown before and behind either place at which a pair meets
+BEFORE, BEHIND = 10, 4
 VALIDATION_SEQUENCES = 200
 
 
@@ -93,14 +93,16 @@ def _largest_pairs(found: HeadExplanation) -> dict[tuple[int, int], float]:
 def _contexts(
     dictionary: Dictionary, cache: ActivationCache, pairs: list[tuple[int, int]], texts: TokenTexts
 ) -> dict[tuple[int, int], list[list[ShadedToken]]]:
-    found = top_contexts(dictionary.transcoder, _sequences(dictionary, cache), pairs, CONTEXTS)
+    found = top_contexts(dictionary.transcoder, dictionary.attention, _sequences(dictionary, cache), pairs, CONTEXTS)
     return {pair: [_shaded(one, cache, texts) for one in contexts] for pair, contexts in found.items()}
 
 
 def _sequences(
     dictionary: Dictionary, cache: ActivationCache
 ) -> Iterator[tuple[int, Float[Tensor, "context d_model"]]]:
-    count = min(VALIDATION_SEQUENCES, dictionary.config.training.validation_sequences)
+    config = dictionary.config
+    training = config.training if config.pair_mask is None else config.pair_mask.training
+    count = min(VALIDATION_SEQUENCES, training.validation_sequences)
     for number in range(count):
         yield number, cache.read(dictionary.config.model.layer, "validation", [number])[0]
 
@@ -109,7 +111,7 @@ def _shaded(context: Context, cache: ActivationCache, texts: TokenTexts) -> list
     """The tokens around the place of the key and around that of the query, with … between where they are far apart."""
     words = [text.replace("\n", "↵") for text in texts(cache.tokens("validation", [context.sequence])[0].tolist())]
     query, key = (values / values.max() for values in (context.query_activations, context.key_activations))
-    near = {place + step for place in (context.key, context.query) for step in range(-SURROUNDINGS, SURROUNDINGS // 2)}
+    near = {place + step for place in (context.key, context.query) for step in range(-BEFORE, BEHIND + 1)}
     places = sorted(place for place in near if 0 <= place < len(words))
     shown: list[ShadedToken] = []
     for before, place in zip([places[0], *places], places, strict=False):

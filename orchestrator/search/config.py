@@ -13,7 +13,7 @@ from orchestrator.search.space_checks import validate_space
 from qkmodel.configs import Number, Text, WholeNumber
 from qkmodel.errors import InputError
 from qkmodel.schema import Schema
-from qkmodel.tasks import Task
+from qkmodel.tasks import Task, task_of
 
 # What a front may be bounded in: means over validation tokens, defined in qkmodel/evaluation.py.
 Metric = Literal[
@@ -114,6 +114,8 @@ class SearchConfig(Schema):
             raise InputError(
                 f"search.{key}: a grid visits every point anyway; leave {key} out or choose another sampler"
             )
+        if self.first and task_of(self.space[0]) == "pair_mask":
+            raise InputError("search.first: belongs to task transcoder; leave it out")
         for number, point in enumerate(self.first):
             self._check_inside(f"search.first.{number}", point)
         return self

@@ -1,10 +1,10 @@
 """The pairs that masks of one dictionary are trained on, kept on disk: the most salient of all there are."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from qkmodel.activations import ActivationCache
@@ -43,7 +43,7 @@ def find_candidates(
     threads: int,
 ) -> None:
     """Writes the `most` most salient pairs on the first `calibration_sequences` training sequences."""
-    codes = list(codes_of(transcoder, layer, cache, "train", calibration_sequences))
+    codes = SplitCodes(transcoder, layer, cache, "train", calibration_sequences)
     found = salient_pairs(transcoder, layer, codes, most, threads)
     header = CandidatesHeader(
         dictionary_sha256=dictionary_sha256,
@@ -63,13 +63,17 @@ def read_candidates(path: Path) -> SalientPairs:
     return SalientPairs(pairs, tensors["saliency"].numpy(), header.salient)
 
 
-def codes_of(
-    transcoder: QKTranscoder,
-    layer: AttentionLayer,
-    cache: ActivationCache,
-    split: Literal["train", "validation"],
-    sequences: int,
-) -> Iterator[SequenceCodes]:
-    """The codes of a split's first sequences, one by one."""
-    for number in np.arange(sequences):
-        yield from sequence_codes(transcoder, layer, cache.read(layer.geometry.layer, split, [number]))
+@dataclass(frozen=True)
+class SplitCodes:
+    """The codes of a split's first sequences, made one by one whenever they are gone through, and never kept."""
+
+    transcoder: QKTranscoder
+    layer: AttentionLayer
+    cache: ActivationCache
+    split: Literal["train", "validation"]
+    sequences: int
+
+    def __iter__(self) -> Iterator[SequenceCodes]:
+        for number in range(self.sequences):
+            x = self.cache.read(self.layer.geometry.layer, self.split, [number])
+            yield from sequence_codes(self.transcoder, self.layer, x)

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qkmodel.attention import AttentionLayer
 from qkmodel.transcoder import QKTranscoder
 
 
@@ -14,7 +15,7 @@ from qkmodel.transcoder import QKTranscoder
 class Context:
     """A sequence on which a pair is active, its features' activations there, and the places where they meet most.
 
-    `query` and `key` are positions, the key's not after the query's.
+    `query` and `key` are positions, of which the first sees the second.
     """
 
     sequence: int
@@ -32,6 +33,7 @@ class Context:
 @torch.no_grad()
 def top_contexts(
     transcoder: QKTranscoder,
+    layer: AttentionLayer,
     inputs: Iterable[tuple[int, Float[Tensor, "context d_model"]]],
     pairs: Sequence[tuple[int, int]],
     count: int,
@@ -43,15 +45,21 @@ def top_contexts(
     found: dict[tuple[int, int], list[Context]] = {pair: [] for pair in pairs}
     for sequence, x in inputs:
         f_query, f_key = transcoder.query.encode(x), transcoder.key.encode(x)
+        visible = layer.visible(len(x))
         for pair in found:
-            context = _strongest(sequence, f_query[:, pair[0]], f_key[:, pair[1]])
+            context = _strongest(sequence, f_query[:, pair[0]], f_key[:, pair[1]], visible)
             if context is not None:
                 found[pair] = sorted([*found[pair], context], key=lambda one: (-one.strength, one.sequence))[:count]
     return found
 
 
-def _strongest(sequence: int, query: Float[Tensor, "context"], key: Float[Tensor, "context"]) -> Context | None:
-    products = torch.outer(query, key).tril()
+def _strongest(
+    sequence: int,
+    query: Float[Tensor, "context"],
+    key: Float[Tensor, "context"],
+    visible: Bool[Tensor, "context context"],
+) -> Context | None:
+    products = torch.outer(query, key) * visible
     if products.max() <= 0:
         return None
     place = int(products.argmax())

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
-from qkmodel.pair_mask.masked_scores import masked_scores
+from qkmodel.pair_mask.masked_scores import masked_scores, masked_sums
 from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.score_terms import SequenceCodes, final_scores, score_terms, sequence_codes
 from qkmodel.pair_mask.shares import PairShares, ShareSums
@@ -57,7 +57,7 @@ def evaluate_mask(
     mask, sums = np.ones(len(kept), np.float32), ShareSums(layer, kept)
     for one in codes:
         terms = score_terms(transcoder, layer, one)
-        masked.add(one, masked_scores(transcoder, layer, one, kept, mask, pool))
+        masked.add(one, final_scores(masked_sums(terms, layer, one, kept, mask, pool), layer))
         without.add(one, final_scores(terms.bias_scores, layer))
         whole.add(one, final_scores(terms.scores, layer))
         sums.add(terms, one, pool)

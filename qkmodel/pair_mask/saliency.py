@@ -6,7 +6,7 @@ true score. Summed over the rows of a calibration set and divided by heads · ro
 layer's `kl`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -48,15 +48,16 @@ class SalientPairs:
 
 @torch.no_grad()
 def salient_pairs(
-    transcoder: QKTranscoder, layer: AttentionLayer, codes: Sequence[SequenceCodes], most: int, threads: int = 1
+    transcoder: QKTranscoder, layer: AttentionLayer, codes: Iterable[SequenceCodes], most: int, threads: int = 1
 ) -> SalientPairs:
     """The `most` pairs of largest saliency on these sequences; fewer where fewer are ever active.
 
-    Exact for any dictionary size. Memory: BLOCK_BYTES (or one query feature's sums, where these are more), and some 40
+    Exact for any dictionary size. `codes` are gone through once per block of query features, so what makes them anew
+    each time need not keep them. Memory: BLOCK_BYTES (or one query feature's sums, where these are more), and some 60
     bytes for each of `most` pairs. The result does not depend on `threads`.
     """
     shape = heads, queries, keys = layer.geometry.n_heads, transcoder.query.features, transcoder.key.features
-    rows = sum(one.context for one in codes)
+    rows = 0
     block = min(queries, max(1, BLOCK_BYTES // (4 * heads * keys)))
     sums = np.empty((heads, block, keys), np.float32)
     best, salient = _Largest(most), 0
@@ -66,6 +67,7 @@ def salient_pairs(
             found[:] = 0
             for one in codes:
                 _add_saliency(transcoder, layer, one, first, found, pool)
+                rows += one.context if first == 0 else 0
             salient += np.count_nonzero(found)
             for head in range(heads):
                 best.add((head * queries + first) * keys, found[head].ravel())
@@ -107,25 +109,33 @@ class _Largest:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._numbers, self._values = np.empty(0, np.int64), np.empty(0, np.float32)
+        self._found = [(np.empty(0, np.int64), np.empty(0, np.float32))]
+        self._count = 0
         self._least = np.float32(0)
 
     def add(self, first_number: int, values: Float32[np.ndarray, "block"]) -> None:
-        # in slices, since places and order take many times the memory of what they are found in
+        # in slices, since places take twice the memory of what they are found in
         for begin in range(0, len(values), SLICE):
-            self._add(first_number + begin, values[begin : begin + SLICE])
+            (places,) = np.nonzero(values[begin : begin + SLICE] > self._least)
+            self._found.append((first_number + begin + places, values[begin + places]))
+            self._count += len(places)
+            # at twice as many, so that each is looked at a few times only, however many slices there are
+            if self._count > 2 * self._most:
+                self._reduce()
 
-    def _add(self, first_number: int, values: Float32[np.ndarray, "slice"]) -> None:
-        (places,) = np.nonzero(values > self._least)
-        self._numbers = np.concatenate([self._numbers, first_number + places])
-        self._values = np.concatenate([self._values, values[places]])
-        if len(self._values) > self._most:
-            # stable, so that of equal ones the first stay
-            order = np.argsort(-self._values, kind="stable")[: self._most]
-            self._numbers, self._values = self._numbers[order], self._values[order]
-            self._least = self._values[-1]
+    def _reduce(self) -> None:
+        numbers, values = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        order = np.argsort(numbers)
+        numbers, values = numbers[order], values[order]
+        if len(values) > self._most:
+            self._least = np.partition(values, -self._most)[-self._most]
+            chosen = values > self._least
+            # of equal ones the first stay
+            chosen[np.flatnonzero(values == self._least)[: self._most - chosen.sum()]] = True
+            numbers, values = numbers[chosen], values[chosen]
+        self._found, self._count = [(numbers, values)], len(values)
 
     def take(self) -> tuple[Int64[np.ndarray, "pairs"], Float32[np.ndarray, "pairs"]]:
         """Numbers, ascending, and their values."""
-        order = np.argsort(self._numbers)
-        return self._numbers[order], self._values[order]
+        self._reduce()
+        return self._found[0]

@@ -58,15 +58,14 @@ class MaskTrainer:
             trained: list[nn.Parameter] = [parameter for side in sides for parameter in (side.W_dec, side.b_out)]
             for parameter in trained:
                 parameter.requires_grad_(True)
-            self._decoder_optimiser = torch.optim.Adam(trained, lr=hyperparameters.decoder_learning_rate)
+            self._decoder_optimiser = torch.optim.Adam(trained, lr=hyperparameters.decoder_rate)
         self.kept: PairSet | None = None
         self.losses = LossSums()
 
     @property
     def mask_steps(self) -> int:
         """The steps after which pairs are kept or not."""
-        share = self.hyperparameters.settled_share if self.hyperparameters.joint else 0.0
-        return max(1, round(self.steps * (1 - share)))
+        return max(1, round(self.steps * (1 - self.hyperparameters.share_settled)))
 
     def step(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> None:
         """One step on a batch of sequences."""
@@ -117,7 +116,7 @@ class MaskTrainer:
 
     def _descend_decoders(self) -> None:
         factor = _rate(self.steps_done / self.steps)
-        _descend(self._decoder_optimiser, self.hyperparameters.decoder_learning_rate * factor)
+        _descend(self._decoder_optimiser, self.hyperparameters.decoder_rate * factor)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         named = {f"mask.{name}": parameter for name, parameter in self._mask.named_parameters()}

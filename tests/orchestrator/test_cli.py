@@ -293,7 +293,10 @@ def test_a_command_that_cannot_be_understood_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["choose", "small", "--rule", "best"], "--rule: 'best' is none; write knee, l0=16,"),
+        (
+            ["choose", "small", "--rule", "best"],
+            "--rule: 'best' is none; write knee, l0=16 (of pair masks: pairs=9000), kl",
+        ),
         (
             ["choose", "small", "--layer", "8", "--rule", "l0=4"],
             "layer 8: no training on the front has l0 ≤ 4.4; it offers",

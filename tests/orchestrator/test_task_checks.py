@@ -43,6 +43,7 @@ def test_a_file_of_masks_is_read_with_its_defaults(tmp_path: Path) -> None:
         ({"search": {"space": {"dictionary": "a"}}}, "pair_mask.dictionaries says"),
         ({"search": {"constraints": {"l0": {"max": 8}}}}, "search.constraints.l0: is not measured in task pair_mask"),
         ({"search": {"warm_start": "l1"}}, "search.warm_start: belongs to task transcoder"),
+        ({"search": {"first": [{"pair_cost": 1e-7}]}}, "search.first: belongs to task transcoder"),
         ({"training": {"gradient_clip": 1.0}}, "training.gradient_clip: belongs to task transcoder"),
         ({"halving": {"eta": 3}}, "halving: a mask keeps few pairs only at its end"),
         ({"resources": {"pack": {"gpu": 1}}}, "resources.pack.gpu: pair masks are trained on CPUs"),

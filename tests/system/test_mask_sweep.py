@@ -14,7 +14,7 @@ from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.registry import load_dictionary as load_registered
 from orchestrator.report.corpus_cache import cache_of_dictionary
 from qkmodel.dictionary import load_dictionary
-from qkmodel.pair_mask.candidates import codes_of
+from qkmodel.pair_mask.candidates import SplitCodes
 from qkmodel.pair_mask.evaluation import evaluate_mask
 from tests.system.test_first_sweep import HEAD, PROMPT, Sweep
 
@@ -82,7 +82,7 @@ def test_a_masked_dictionary_gives_the_recorded_metrics(sweep: Sweep, masks: lis
     for training in masks:
         dictionary = load_dictionary(sweep.storage / "mask" / training.dictionary, training.dictionary_sha256)
         cache = cache_of_dictionary(sweep.storage, dictionary.config)
-        codes = codes_of(dictionary.transcoder, dictionary.attention, cache, "validation", 16)
+        codes = SplitCodes(dictionary.transcoder, dictionary.attention, cache, "validation", 16)
         with ThreadPoolExecutor(1) as pool:
             metrics, _ = evaluate_mask(
                 dictionary.transcoder,
