@@ -11,7 +11,7 @@ sweep: setup
 # What every change must pass; the rest is in `make system`.
 test: $(VENV)/.tested-with
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not system"
+	$(BIN)/python -m pytest -m "not system" -n logical --maxprocesses 8 --dist loadfile
 	$(BIN)/python -m pytest -m "system and not slow"
 
 # Everything, the minutes-long tests too.

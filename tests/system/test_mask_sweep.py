@@ -18,7 +18,7 @@ from qkmodel.pair_mask.candidates import SplitCodes
 from qkmodel.pair_mask.evaluation import evaluate_mask
 from tests.system.test_first_sweep import HEAD, PROMPT, Sweep
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 MASK = {
     "task": "pair_mask",
@@ -116,7 +116,6 @@ def test_a_chosen_mask_is_loaded_by_name_and_explained(sweep: Sweep, masks: list
     assert "John" in page.read_text() and 'class="key-place"' in page.read_text()
 
 
-@pytest.mark.slow
 def test_a_killed_sweep_of_masks_ends_with_the_same_bytes(sweep: Sweep, masks: list[Training]) -> None:
     checkpoints = sweep.storage / "killed" / "checkpoints"
     with sweep.started("sweep", "killed.yaml") as (process, _):
