@@ -81,6 +81,7 @@ def test_a_rule_that_nothing_meets_registers_nothing(sweep: Sweep) -> None:
     assert said.count("\n") == 1 and (output / "out").read_text() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_dictionary_that_was_changed_in_the_store_is_refused(sweep: Sweep, damage: str) -> None:
     chosen = choose(sweep)

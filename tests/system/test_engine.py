@@ -86,6 +86,7 @@ def prepared(tmp_path_factory, model: LanguageModel) -> Prepared:
     return prepare(tmp_path_factory.mktemp("activations"), model)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_end_where_float32_ends(prepared: Prepared) -> None:
     members = [TOPK, Hyperparameters(penalty="sqrt", sparsity_coefficient=3e-3, **RELU)]
     rounded, exact = (prepared.finish(members, precision=precision) for precision in ("bfloat16", "float32"))

@@ -290,6 +290,7 @@ def test_learning_samplers_beat_chance(sampler, space, trainings):
 
 
 @pytest.mark.system
+@pytest.mark.slow
 def test_gaussian_processes_beat_chance():
     chance = median_hypervolume("random", [RELU], 14, seeds=3)
     assert median_hypervolume("gp", [RELU], 14, seeds=3) > chance + 0.3
