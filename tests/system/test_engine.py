@@ -98,6 +98,7 @@ def test_cached_activations_stay_within_their_stated_tolerance(prepared: Prepare
     assert 0 < prepared.reference.kl_cache < 1e-3 * prepared.reference.kl_baseline
 
 
+@pytest.mark.slow
 def test_a_target_l0_is_reached_on_held_out_text(prepared: Prepared) -> None:
     targets = [
         Hyperparameters(penalty="l1", target_l0=16, **RELU),
@@ -118,6 +119,7 @@ def test_streamed_activations_train_as_cached_ones_do(prepared: Prepared, model:
     assert ours["kl"] == pytest.approx(theirs["kl"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_threshold_activations_learn_on_real_text(prepared: Prepared) -> None:
     members = [
         Hyperparameters(dictionary_size=512, activation="batchtopk", k=16, learning_rate=6e-3),
