@@ -180,11 +180,14 @@ def explain(
     from orchestrator.explanation import explain, explanation_record, explanation_table, open_dictionary, read_prompt
 
     words = read_prompt(prompt, text)
+    if output is not None:
+        from orchestrator.report.explanation_page import require_place, write_explanation
+
+        # before the model is loaded for it
+        require_place(output)
     opened = open_dictionary(dictionary, tracking)
     found, tokens, texts = explain(opened, head, words, keys, pairs)
     if output is not None:
-        from orchestrator.report.explanation_page import write_explanation
-
         for line in write_explanation(output, opened, found, tokens, texts, storage):
             messages.print(line, markup=False, highlight=False, soft_wrap=True)
         messages.print(f"written: {output}", markup=False, highlight=False, soft_wrap=True)

@@ -366,6 +366,10 @@ def read_trainings(session: Session, *conditions: ColumnElement[bool]) -> list[T
     return [Training(**_checked(row), metrics=metrics[row.training_id]) for row in rows]
 
 
+# what every program reads of a training's hyperparameters, by task
+_NEEDED: tuple[set[str], ...] = ({"dictionary_size"}, {"dictionary", "form", "joint", "pair_cost"})
+
+
 class Unreadable(ValueError):
     """A row that no program of this version wrote."""
 
@@ -374,7 +378,7 @@ def _checked(row: Row[Any]) -> RowMapping:
     is_sound = (
         row.state in STATES
         and isinstance(row.hyperparameters, dict)
-        and not {"dictionary_size", "dictionary"}.isdisjoint(row.hyperparameters)
+        and any(needed <= row.hyperparameters.keys() for needed in _NEEDED)
         and (row.state != "finished" or row.dictionary is not None)
     )
     if not is_sound:

@@ -30,6 +30,7 @@ from orchestrator.status import front_member
 from orchestrator.tracking_run import find_or_create_experiment, milliseconds
 from orchestrator.tracking_store import (
     LOCK_FILE,
+    SHA256_TAG,
     STUDY_TAG,
     SWEEP_TAG,
     TRAINING_TAG,
@@ -38,7 +39,7 @@ from orchestrator.tracking_store import (
     tracking_address,
     unavailable,
 )
-from orchestrator.version_facts import SHA256_TAG, description, provenance
+from orchestrator.version_facts import description, provenance
 from qkmodel.dictionary import FILES, PAIRS_FILE, Dictionary, DictionaryConfig, files_of
 from qkmodel.dictionary import load_dictionary as load_folder
 from qkmodel.errors import InputError

@@ -11,12 +11,11 @@ from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import HEAD_PREFIXES, Study, Training
 from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_there, status_mark
-from orchestrator.tracking_store import TrackingUnavailable
+from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable
 
 # MLflow's own limits for one batch
 MAX_METRICS, MAX_PARAMS = 1000, 100
 MAX_PARAM_CHARACTERS = 6000
-SHA256_TAG = "qk.dictionary_sha256"
 
 
 class TrainingRun:

@@ -13,6 +13,7 @@ from qkmodel.errors import InputError
 # by which runs, logged models and registered dictionaries are found
 TRAINING_TAG = "qk.training_id"
 STUDY_TAG = "qk.study_id"
+SHA256_TAG = "qk.dictionary_sha256"
 # of a parent run with `SweepRecord.run_tag`, of a version with the sweep's name
 SWEEP_TAG = "qk.sweep"
 # beside the sweeps' folders

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 
 from orchestrator.choice import Choice
 from orchestrator.ledger_tables import SweepRecord, Training
-from orchestrator.tracking_store import STUDY_TAG, SWEEP_TAG, TRAINING_TAG
+from orchestrator.tracking_store import SHA256_TAG, STUDY_TAG, SWEEP_TAG, TRAINING_TAG
 from qkmodel.dictionary import DictionaryConfig
-
-SHA256_TAG = "qk.dictionary_sha256"
 
 
 def description(training: Training, *tables: Mapping[str, str]) -> str:

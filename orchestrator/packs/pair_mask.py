@@ -4,10 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from orchestrator.pack_order import SourceOrder
 from orchestrator.packs.inputs import BRIEF_SEQUENCES, Metrics, PackInputs
 from orchestrator.versions import git_sha, package_versions
-from qkmodel.dictionary import Dictionary, DictionaryConfig, PairMaskConfig, load_dictionary, save_dictionary
+from qkmodel.dictionary import DictionaryConfig, PairMaskConfig, load_dictionary, save_dictionary
 from qkmodel.evaluation import evaluate_cross_entropy
 from qkmodel.pair_mask.candidates import SplitCodes, read_candidates
 from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl, masked_pattern
@@ -25,7 +24,7 @@ class MaskPack:
         order = inputs.order
         named = {member.hyperparameters.dictionary for member in order.members}
         self._orders = {name: order.sources[name] for name in named}
-        self._dictionaries = {name: _load(one) for name, one in self._orders.items()}
+        self._dictionaries = {name: load_dictionary(one.folder, one.sha256) for name, one in self._orders.items()}
         sources = {
             name: MaskSource(self._dictionaries[name].transcoder, read_candidates(one.candidates))
             for name, one in self._orders.items()
@@ -105,7 +104,3 @@ class MaskPack:
         )
         kept = KeptPairs.of(member.kept, self._shares[index])
         return save_dictionary(folder, member.transcoder, self._inputs.layer, config, kept)
-
-
-def _load(source: SourceOrder) -> Dictionary:
-    return load_dictionary(source.folder, source.sha256)

@@ -13,7 +13,6 @@ from orchestrator.report.corpus_cache import cache_of_study
 from orchestrator.report.token_texts import TokenTexts
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import Dictionary, load_dictionary
-from qkmodel.evaluation import reconstructed_pattern
 from qkmodel.feature_activity import FeatureActivity, feature_activity
 from qkmodel.pattern_comparison import EVALUATION_BATCH
 
@@ -59,7 +58,7 @@ def examine(sweep_folder: Path, study: Study, training: Training, studies: int, 
     x = cache.read(study.layer, "validation", sequences)[:, :shown]
     with torch.no_grad():
         pattern = dictionary.attention.pattern(*dictionary.attention.project(x))
-    reconstructed = reconstructed_pattern(dictionary.transcoder, dictionary.attention, x)
+    reconstructed = dictionary.pattern(x)
     tokens = cache.tokens("validation", sequences)[:, :shown].tolist()
     sentences = [
         Sentence(number, texts.of(dictionary.config.model.config, study, tokens[number]), *patterns)

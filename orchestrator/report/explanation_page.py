@@ -46,6 +46,12 @@ class PairContexts:
     contexts: list[list[ShadedToken]]
 
 
+def require_place(output: Path) -> None:
+    """Raises InputError where no page can be written."""
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise InputError(f"--output: {output} is no file in a folder that is there")
+
+
 def write_explanation(
     output: Path,
     dictionary: Dictionary,
@@ -54,9 +60,7 @@ def write_explanation(
     texts: TokenTexts,
     storage: Path,
 ) -> list[str]:
-    """Writes the page; returns what it leaves out, in lines. Raises InputError where it cannot be written."""
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise InputError(f"--output: {output} is no file in a folder that is there")
+    """Writes the page, to a place that `require_place` took; returns what it leaves out, in lines."""
     pairs, left_out = _largest_pairs(found), []
     try:
         cache = cache_of_dictionary(storage, dictionary.config)

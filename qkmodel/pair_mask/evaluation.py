@@ -42,12 +42,12 @@ def evaluate_mask(
     kept: PairSet,
     salient_pairs: int,
     pool: ThreadPoolExecutor,
-) -> tuple[dict[str, float], PairShares]:
+) -> tuple[dict[str, float | None], PairShares]:
     """Metrics of a mask, and the shares of its pairs, on held-out sequences, which are gone through once.
 
     `kl_masked`; `kl`, of all pairs, and `kl_no_pairs`, of the bias terms alone, of the same decoders;
-    `mask_recovered` = (kl_no_pairs − kl_masked)/(kl_no_pairs − kl); `pairs_kept`, its share of all pairs and of the
-    `salient_pairs` of the calibration sequences, see `SalientPairs.salient`;
+    `mask_recovered` = (kl_no_pairs − kl_masked)/(kl_no_pairs − kl), None where pairs change nothing; `pairs_kept`, its
+    share of all pairs and of the `salient_pairs` of the calibration sequences, see `SalientPairs.salient`;
     `pairs_head_00`…; `unpaired_query` and `unpaired_key`, shares of features without a pair in any head;
     `pairs_for_90` of the kept, see `PairShares.pairs_for`, and `variance_share`, what of the heads' score variance the
     kept pairs make up, mean over heads.
@@ -62,12 +62,13 @@ def evaluate_mask(
         whole.add(one, final_scores(terms.scores, layer))
         sums.add(terms, one, pool)
     shares = sums.shares()
+    spread = without.value - whole.value
     paired = kept.pairs_of_rows.reshape(heads, queries).any(0).sum()
     metrics = {
         "kl": whole.value,
         "kl_masked": masked.value,
         "kl_no_pairs": without.value,
-        "mask_recovered": (without.value - masked.value) / (without.value - whole.value),
+        "mask_recovered": (without.value - masked.value) / spread if spread else None,
         "pairs_kept": float(len(kept)),
         "pairs_share": len(kept) / (heads * queries * keys),
         "pairs_share_active": len(kept) / max(1, salient_pairs),

@@ -65,6 +65,7 @@ class ShareSums:
         each_head(self._layer, pool, add)
 
     def shares(self) -> PairShares:
-        """Of what was added: one sequence at least."""
-        of_head = np.repeat(self._variances.numpy(), self._pairs.pairs_of_heads)
+        """Of what was added, one sequence at least; 0 in a head whose scores do not vary."""
+        variances = self._variances.numpy()
+        of_head = np.repeat(np.where(variances > 0, variances, np.inf), self._pairs.pairs_of_heads)
         return PairShares(self._totals / np.maximum(self._counts, 1), self._counts, self._weighted / of_head)

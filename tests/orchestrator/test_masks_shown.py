@@ -9,6 +9,7 @@ import optuna
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
+from sqlalchemy import text
 
 from orchestrator.choice import apply_rule, parse_rule
 from orchestrator.dashboard import export_studies
@@ -98,10 +99,10 @@ def test_the_front_weighs_kl_of_the_masked_pattern_against_pairs(masks: Ledger) 
     assert status.hypervolume == hypervolume([(50, 0.6), (300, 0.2), (900, 0.15)], (1000, 2.0))
     (record,) = fronts_record(masks)["fronts"]
     assert [one["pairs_kept"] for one in record["trainings"]] == [50, 300, 900]
-    text = StringIO()
-    Console(file=text, width=160).print(front_table(status))
-    assert "L08 sqrt-joint of" in text.getvalue() and "cost2e-7" in text.getvalue()
-    assert "KL" in text.getvalue() and "0.2000" in text.getvalue() and "300" in text.getvalue()
+    shown = StringIO()
+    Console(file=shown, width=160).print(front_table(status))
+    assert "L08 sqrt-joint of" in shown.getvalue() and "cost2e-7" in shown.getvalue()
+    assert "KL" in shown.getvalue() and "0.2000" in shown.getvalue() and "300" in shown.getvalue()
 
 
 def test_figures_have_pairs_on_their_axis(masks: Ledger) -> None:
@@ -182,3 +183,10 @@ def test_what_is_of_transcoders_only_is_refused_in_a_line(masks: Ledger) -> None
     with pytest.raises(InputError, match="a report is of transcoders"):
         write_report(masks)
     assert json.dumps(fronts_record(masks))
+
+
+def test_a_mask_whose_row_was_edited_is_a_damaged_ledger(masks: Ledger) -> None:
+    with masks.transaction() as session:
+        session.execute(text('UPDATE trainings SET hyperparameters = \'{"dictionary": "a"}\' WHERE number = 0'))
+    with pytest.raises(InputError, match="hyperparameters or dictionary cannot be read"):
+        study_statuses(masks)

@@ -18,8 +18,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.registry import Registered, chosen_record, register
 from orchestrator.status import study_statuses
 from orchestrator.tracking import Tracker
-from orchestrator.tracking_store import TrackingUnavailable
-from orchestrator.version_facts import SHA256_TAG
+from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable
 from qkmodel import load_dictionary as load_folder
 from qkmodel.errors import InputError
 from tests.orchestrator.dictionaries import FRONT, make_sweep

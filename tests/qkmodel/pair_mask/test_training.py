@@ -1,5 +1,6 @@
 """Masks on a small dictionary: trained, and compared with the choice by saliency."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -143,3 +144,16 @@ def test_a_continued_training_is_the_uninterrupted_one(small, pool, settings, in
     assert second.state_tensors().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.state_tensors().items())
     assert second.losses.take_means() == whole.losses.take_means()
+
+
+def test_a_dictionary_without_an_active_feature_has_figures(small, pool):
+    transcoder, layer, codes = small
+    silent = [replace(one, query=replace(one.query, values=one.query.values * 0)) for one in codes]
+    everything = PairSet.all(transcoder, layer.geometry.n_heads)
+    with torch.no_grad():
+        for side in (transcoder := copy.deepcopy(transcoder)).children():
+            side.b_out.zero_()
+    metrics, shares = evaluate_mask(transcoder, layer, silent, everything, 0, pool)
+    assert metrics["kl_masked"] == metrics["kl"] == metrics["kl_no_pairs"] > 0
+    assert metrics["mask_recovered"] is None
+    assert metrics["variance_share"] == 0 and not shares.variance_share.any()

@@ -1,0 +1,74 @@
+"""The page of `orchestrate explain`: contexts from a real cache, every text escaped."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from orchestrator.report.explanation_page import require_place, write_explanation
+from qkmodel.configs import CorpusConfig, ModelConfig
+from qkmodel.dictionary import CorpusIdentity, Dictionary, DictionaryConfig, ModelIdentity
+from qkmodel.errors import InputError
+from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.pair_mask.explanation import HeadExplanation, explain_head
+from qkmodel.transcoder import initialise_qk_transcoder
+from tests.qkmodel.world import CONTEXT, LAYER, make_world
+
+MARKUP = "</span><script>alert(1)</script>\n"
+SETTINGS = Hyperparameters(dictionary_size=16, activation="topk", k=4, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dictionary, HeadExplanation]:
+    """Where activations are kept, a dictionary of random weights, and what it says of a validation sequence."""
+    storage = tmp_path_factory.mktemp("storage")
+    world = make_world(storage / "activations")
+    means = (world.reference.mean_input, world.reference.mean_query, world.reference.mean_key)
+    transcoder = initialise_qk_transcoder(SETTINGS, world.layer, *means, world.reference.input_rms)
+    transcoder.requires_grad_(False)
+    config = DictionaryConfig(
+        training_id="a1" * 8,
+        model=ModelIdentity(config=ModelConfig(name="random"), weights_sha256="w", layer=LAYER, hook="h"),
+        geometry=world.layer.geometry,
+        corpus=CorpusIdentity(
+            config=CorpusConfig(name="c", context=CONTEXT, validation_documents=0.5), bos="b", sha256="c"
+        ),
+        training=world.training,
+        sweep_seed=0,
+        hyperparameters=SETTINGS,
+        metrics={},
+        versions={},
+        git_sha=None,
+    )
+    x = world.cache.read(LAYER, "validation", [0])[0]
+    return storage, Dictionary(config, transcoder, world.layer), explain_head(transcoder, world.layer, x, head=1)
+
+
+def texts(tokens: Sequence[int]) -> list[str]:
+    return [MARKUP for _ in tokens]
+
+
+def test_contexts_are_there_and_no_text_is_markup(explained, tmp_path: Path) -> None:
+    storage, dictionary, found = explained
+    page = tmp_path / "page.html"
+    assert write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, storage) == []
+    content = page.read_text()
+    assert "<script" not in content and "&lt;script&gt;alert(1)&lt;/script&gt;" in content
+    assert "↵" in content and "None: nothing was read" not in content
+    assert content.count('class="key-place"') + content.count('class="query-place key-place"') > 10
+    for look in found.looks:
+        for one in look.pairs[:1]:
+            assert f"{one.query_feature}×{one.key_feature}: {one.contribution:+.2f}" in content
+
+
+def test_without_activations_the_page_says_what_is_left_out(explained, tmp_path: Path) -> None:
+    _, dictionary, found = explained
+    page = tmp_path / "page.html"
+    (line,) = write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, tmp_path)
+    assert line.startswith("where pairs meet in the corpus is left out") and "Left out" in page.read_text()
+
+
+def test_a_place_without_room_for_a_page_is_refused(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "gone" / "page.html"):
+        with pytest.raises(InputError, match="--output"):
+            require_place(place)
