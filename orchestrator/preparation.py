@@ -9,11 +9,12 @@ from orchestrator.pack_order import SourceOrder
 from orchestrator.plan import SweepPlan
 from orchestrator.source_dictionaries import SourceDictionary
 from orchestrator.tables import counted
-from qkmodel.activation_build import BuildProgress, build_activation_cache
+from qkmodel.activation_build import build_activation_cache
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import Dictionary, load_dictionary, save_dictionary
 from qkmodel.errors import InputError
 from qkmodel.pair_mask.candidates import candidates_path, find_candidates, read_candidates
+from qkmodel.progress import TokenProgress
 from qkmodel.reference import LayerReference, ensure_reference, reference_path
 
 
@@ -32,11 +33,11 @@ class Preparation:
     sources: dict[str, SourceOrder]
 
 
-def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable[[BuildProgress], None]) -> Preparation:
+def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable[[TokenProgress], None]) -> Preparation:
     """Makes sure that everything the plan's packs read is on disk.
 
     Model and corpus are asked for only when something is missing. `say` receives one line per stage, `progress` the
-    state of the forward passes. Raises InputError as the stages do: most of it was found by `check_plan`.
+    state of what takes minutes. Raises InputError as the stages do: most of it was found by `check_plan`.
     """
     plan, training, request = checked.plan, checked.plan.config.training, checked.request
     if request.streamed_sequences > 0:
@@ -59,12 +60,16 @@ def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable
             say(f"layer {layer}: measuring its baselines")
         _, references[layer] = ensure_reference(activations, layer, training, checked.load_model)
     files = {layer: reference_path(activations, layer, training) for layer in plan.config.layers}
-    sources = {source.name: _source(plan, source, activations, say) for source in plan.sources}
+    sources = {source.name: _source(plan, source, activations, say, progress) for source in plan.sources}
     return Preparation(activations, request.streamed_sequences > 0, references, files, sources)
 
 
 def _source(
-    plan: SweepPlan, source: SourceDictionary, cache: ActivationCache, say: Callable[[str], None]
+    plan: SweepPlan,
+    source: SourceDictionary,
+    cache: ActivationCache,
+    say: Callable[[str], None],
+    progress: Callable[[TokenProgress], None],
 ) -> SourceOrder:
     """A dictionary and its candidates on disk; what is there from before is kept."""
     masks = plan.config.pair_mask
@@ -82,6 +87,7 @@ def _source(
             masks.calibration_sequences,
             most,
             cache_threads(plan.config),
+            progress,
         )
     return SourceOrder(
         folder=source.folder,

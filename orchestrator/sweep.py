@@ -36,11 +36,11 @@ from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import end_status
 from orchestrator.tracking_thread import TrackingThread
 from orchestrator.versions import GIT_DIFF_FILE, git_diff, git_sha, package_versions
-from qkmodel.activation_build import BuildProgress
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
 from qkmodel.products import product_dtype
+from qkmodel.progress import TokenProgress
 
 TRACKING_INTERVAL_SECONDS = 5.0
 # of the ten seconds that are left after a signal, Ray and the packs take the most
@@ -70,7 +70,7 @@ class SweepView(Protocol):
 
     def say(self, line: str) -> None: ...
 
-    def cache_progress(self, state: BuildProgress) -> None: ...
+    def token_progress(self, state: TokenProgress) -> None: ...
 
     def training_started(self, plan: SweepPlan, ledger: Ledger) -> None: ...
 
@@ -99,7 +99,7 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
             view.say(line)
         if checked.measured is not None:
             keep_opening_token(checked.measured, checked.plan.bos_file)
-        prepared = prepare(checked, view.say, view.cache_progress) if checked.plan.trainings_left else None
+        prepared = prepare(checked, view.say, view.token_progress) if checked.plan.trainings_left else None
         plan = checked.plan
         # it holds the model and the text, which would take memory while packs train
         del checked

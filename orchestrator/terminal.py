@@ -16,7 +16,7 @@ from orchestrator.pareto import point_of
 from orchestrator.plan import SweepPlan
 from orchestrator.status import StudyStatus, study_statuses
 from orchestrator.tables import counted, duration, state_table
-from qkmodel.activation_build import BuildProgress
+from qkmodel.progress import TokenProgress
 
 LOG_SECONDS = 15.0
 # reports come in leaps, an eighth of a training each: shorter would jump
@@ -92,7 +92,7 @@ def _best_line(status: StudyStatus) -> str:
 
 
 class TerminalView:
-    """A `SweepView` on a terminal: a bar while activations are cached, a live table while packs train.
+    """A `SweepView` on a terminal: a bar for what comes first, a live table while packs train.
 
     A context manager, so that the terminal is whole again after an error.
     """
@@ -125,14 +125,16 @@ class TerminalView:
         """One line that stays."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def cache_progress(self, state: BuildProgress) -> None:
-        """Tokens through the model so far."""
+    def token_progress(self, state: TokenProgress) -> None:
+        """A bar, which stays when all is done."""
         if self._task is None:
             self._progress.start()
-            self._task = self._progress.add_task("caching activations", total=state.tokens_total, rate=0.0)
+            self._task = self._progress.add_task(state.what, total=state.tokens_total, rate=0.0)
         self._progress.update(self._task, completed=state.tokens_done, rate=state.tokens_per_second)
         if state.tokens_done >= state.tokens_total:
             self._progress.stop()
+            self._progress.remove_task(self._task)
+            self._task = None
 
     def training_started(self, plan: SweepPlan, ledger: Ledger) -> None:
         """From here on the live table redraws itself from the ledger."""
@@ -164,12 +166,12 @@ class LogView:
         """One line."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def cache_progress(self, state: BuildProgress) -> None:
-        """Tokens through the model so far."""
+    def token_progress(self, state: TokenProgress) -> None:
+        """How far it is, every `LOG_SECONDS`."""
         if state.tokens_done >= state.tokens_total or time.monotonic() - self._last_line >= LOG_SECONDS:
             self._last_line = time.monotonic()
             self.say(
-                f"caching activations: {state.tokens_done:,} of {state.tokens_total:,} tokens, "
+                f"{state.what}: {state.tokens_done:,} of {state.tokens_total:,} tokens, "
                 f"{state.tokens_per_second:,.0f} tokens/s, {duration(state.seconds_left)} left"
             )
 

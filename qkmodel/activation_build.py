@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +38,7 @@ from qkmodel.activations import (
 from qkmodel.corpus import TokenisedCorpus
 from qkmodel.errors import InputError
 from qkmodel.files import PARTIAL_SUFFIX, exclusive, write_atomically
+from qkmodel.progress import TokenProgress
 
 if TYPE_CHECKING:
     from qkmodel.language_model import LanguageModel
@@ -47,23 +47,6 @@ logger = logging.getLogger(__name__)
 
 # sequences that go through the model together
 _FORWARD_SEQUENCES = 8
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """How far the model's forward passes have come. `seconds` counts from the first of them."""
-
-    tokens_done: int
-    tokens_total: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens_done / self.seconds
-
-    @property
-    def seconds_left(self) -> float:
-        return (self.tokens_total - self.tokens_done) / self.tokens_per_second
 
 
 def build_activation_cache(
@@ -77,7 +60,7 @@ def build_activation_cache(
     streamed_sequences: int = 0,
     model_loader: "Callable[[], LanguageModel]",
     corpus_loader: Callable[[int, int], TokenisedCorpus],
-    progress: Callable[[BuildProgress], None] | None = None,
+    progress: Callable[[TokenProgress], None] | None = None,
 ) -> ActivationCache:
     """Make sure that the cache of `key` below `root` holds these sequences of these layers, and open it.
 
@@ -197,7 +180,7 @@ class _Build:
                     )
         self._record(written)
 
-    def add_activations(self, model: "LanguageModel", progress: Callable[[BuildProgress], None] | None) -> None:
+    def add_activations(self, model: "LanguageModel", progress: Callable[[TokenProgress], None] | None) -> None:
         """Run the model over every shard that lacks a layer; a kill loses the shard it was at. Raises InputError."""
         missing = self.missing_activations()
         tokens_total = self._manifest.key.context * sum(shard.sequences for shard in missing)
@@ -208,7 +191,7 @@ class _Build:
             nonlocal tokens_done
             tokens_done += tokens
             if progress is not None:
-                progress(BuildProgress(tokens_done, tokens_total, time.monotonic() - start))
+                progress(TokenProgress("caching activations", tokens_done, tokens_total, time.monotonic() - start))
 
         with _own_threads() as threads:
             for shard in missing:

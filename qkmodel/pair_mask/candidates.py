@@ -1,6 +1,7 @@
 """The pairs that masks of one dictionary are trained on, kept on disk: the most salient of all there are."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,8 +11,9 @@ import torch
 from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
 from qkmodel.pair_mask.pair_set import PairSet
-from qkmodel.pair_mask.saliency import SalientPairs, salient_pairs
+from qkmodel.pair_mask.saliency import SalientPairs, passes, salient_pairs
 from qkmodel.pair_mask.score_terms import SequenceCodes, sequence_codes
+from qkmodel.progress import TokenProgress
 from qkmodel.schema import Schema
 from qkmodel.tensor_file import read_tensor_file, write_tensor_file
 from qkmodel.transcoder import QKTranscoder
@@ -41,9 +43,13 @@ def find_candidates(
     calibration_sequences: int,
     most: int,
     threads: int,
+    progress: Callable[[TokenProgress], None] | None = None,
 ) -> None:
     """Writes the `most` most salient pairs on the first `calibration_sequences` training sequences."""
-    codes = SplitCodes(transcoder, layer, cache, "train", calibration_sequences)
+    codes: Iterable[SequenceCodes] = SplitCodes(transcoder, layer, cache, "train", calibration_sequences)
+    if progress is not None:
+        tokens = passes(transcoder, layer) * calibration_sequences * cache.context
+        codes = _Followed(codes, tokens, progress)
     found = salient_pairs(transcoder, layer, codes, most, threads)
     header = CandidatesHeader(
         dictionary_sha256=dictionary_sha256,
@@ -77,3 +83,18 @@ class SplitCodes:
         for number in range(self.sequences):
             x = self.cache.read(self.layer.geometry.layer, self.split, [number])
             yield from sequence_codes(self.transcoder, self.layer, x)
+
+
+class _Followed:
+    """Tells `progress` of each sequence once it was dealt with, over all the times that they are gone through."""
+
+    def __init__(self, codes: Iterable[SequenceCodes], tokens: int, progress: Callable[[TokenProgress], None]) -> None:
+        self._codes, self._tokens, self._progress = codes, tokens, progress
+        self._done, self._began = 0, time.monotonic()
+
+    def __iter__(self) -> Iterator[SequenceCodes]:
+        for one in self._codes:
+            yield one
+            self._done += one.context
+            seconds = time.monotonic() - self._began
+            self._progress(TokenProgress("finding candidates", self._done, self._tokens, seconds))

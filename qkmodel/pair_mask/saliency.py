@@ -46,6 +46,17 @@ class SalientPairs:
         return self.pairs.subset(chosen)
 
 
+def passes(transcoder: QKTranscoder, layer: AttentionLayer) -> int:
+    """How many times `salient_pairs` goes through its sequences."""
+    return -(-transcoder.query.features // _block(transcoder, layer))
+
+
+def _block(transcoder: QKTranscoder, layer: AttentionLayer) -> int:
+    """Query features whose sums are made at a time."""
+    of_one_feature = 4 * layer.geometry.n_heads * transcoder.key.features
+    return min(transcoder.query.features, max(1, BLOCK_BYTES // of_one_feature))
+
+
 @torch.no_grad()
 def salient_pairs(
     transcoder: QKTranscoder, layer: AttentionLayer, codes: Iterable[SequenceCodes], most: int, threads: int = 1
@@ -58,7 +69,7 @@ def salient_pairs(
     """
     shape = heads, queries, keys = layer.geometry.n_heads, transcoder.query.features, transcoder.key.features
     rows = 0
-    block = min(queries, max(1, BLOCK_BYTES // (4 * heads * keys)))
+    block = _block(transcoder, layer)
     sums = np.empty((heads, block, keys), np.float32)
     best, salient = _Largest(most), 0
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -10,8 +10,10 @@ from orchestrator.checkpoints import checkpoint_path
 from orchestrator.pack_order import MemberOrder, PackOrder, SourceOrder, dictionary_path
 from qkmodel.dictionary import PAIRS_FILE, load_dictionary
 from qkmodel.errors import InputError
+from qkmodel.pair_mask import saliency
 from qkmodel.pair_mask.candidates import candidates_path, find_candidates, read_candidates
 from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
+from qkmodel.progress import TokenProgress
 from tests.orchestrator.test_trainable import order as transcoder_order
 from tests.orchestrator.test_trainable import run
 from tests.qkmodel.world import SmallWorld, make_world
@@ -137,6 +139,23 @@ def test_pairs_that_were_changed_or_are_gone_are_refused_in_one_line(
     path.unlink()
     with pytest.raises(InputError, match=r"pairs\.safetensors: cannot be read"):
         load_dictionary(folder)
+
+
+def test_finding_candidates_tells_how_far_it_is_over_all_passes(
+    world: SmallWorld, sources: dict[str, SourceOrder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = next(iter(sources.values()))
+    dictionary = load_dictionary(source.folder, source.sha256)
+    heads = world.layer.geometry.n_heads
+    # six of the sixteen query features at a time: three passes
+    monkeypatch.setattr(saliency, "BLOCK_BYTES", 6 * 4 * heads * 16)
+    told: list[TokenProgress] = []
+    arguments = (dictionary.transcoder, dictionary.attention, world.cache, CALIBRATION, heads * 16 * 16 // 2, 1)
+    find_candidates(tmp_path / "candidates", source.sha256, *arguments, told.append)
+    each = world.cache.context
+    assert [one.tokens_done for one in told] == [each * (number + 1) for number in range(3 * CALIBRATION)]
+    assert {one.tokens_total for one in told} == {3 * CALIBRATION * each}
+    assert (tmp_path / "candidates").read_bytes() == source.candidates.read_bytes()
 
 
 def test_candidates_come_back_as_they_were_found_and_damage_is_seen(
