@@ -1,20 +1,18 @@
 """The commands of `orchestrate`: parse, call, print."""
 
-import json
 import logging
 import shlex
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.exceptions import TyperException
 
 from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
+from orchestrator.cli_output import JsonOption, console, messages, naming, print_json, print_plan
+from orchestrator.cluster.cli import cluster_commands
 from orchestrator.config import SweepConfig, load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
@@ -29,15 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train query/key transcoders over layers, sizes and sparsities, and see which explain the attention pattern.",
 )
-# into a file or a pipe, lines are as long as they need to be
-console = Console(width=None if sys.stdout.isatty() else 120)
-messages = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
+app.add_typer(cluster_commands)
 
 SweepArgument = Annotated[
     str, typer.Argument(metavar="SWEEP", help="A sweep's folder, its sweep file, or its name below runs/.")
 ]
 LayerOption = Annotated[int | None, typer.Option("--layer", metavar="N", help="One layer's front only.", min=0)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 
 
 @app.command()
@@ -64,8 +59,8 @@ def sweep(
     """Start or continue a sweep: train what FILE asks for and is not there yet, then show the fronts."""
     config = load_sweep(file, overrides or [])
     if dry_run:
-        with _naming(file):
-            _print_plan(config, as_json, fresh)
+        with naming(file):
+            print_plan(config, as_json, fresh)
         return
     _run(config, file, as_json, fresh, git_diff)
 
@@ -76,7 +71,7 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     ledger = _open_ledger(sweep)
     record = status_record(ledger)
     if as_json:
-        _print_json(record)
+        print_json(record)
         return
     console.print(f"[bold]sweep {record['sweep']}[/bold] in {record['folder']}")
     console.print(state_table(study_statuses(ledger)))
@@ -94,7 +89,7 @@ def fronts(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     """The Pareto front of each layer: lowest KL for each sparsity, with the dictionary of each point."""
     ledger = _open_ledger(sweep)
     if as_json:
-        _print_json(fronts_record(ledger))
+        print_json(fronts_record(ledger))
     else:
         _print_fronts(ledger)
 
@@ -121,7 +116,7 @@ def choose(
         chosen_record(ledger, choice, one, tracking, storage) for choice, one in zip(choices, registered, strict=True)
     ]
     if as_json:
-        _print_json({"sweep": ledger.sweep().name, "chosen": records})
+        print_json({"sweep": ledger.sweep().name, "chosen": records})
         return
     for choice, record in zip(choices, records, strict=True):
         _print_chosen(record, choice.training.label)
@@ -192,7 +187,7 @@ def explain(
             messages.print(line, markup=False, highlight=False, soft_wrap=True)
         messages.print(f"written: {output}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        _print_json(explanation_record(found, tokens))
+        print_json(explanation_record(found, tokens))
         return
     console.print(explanation_table(found, tokens))
 
@@ -268,7 +263,7 @@ def simulate(
     curves = [replay(recorded, chosen.model_copy(update={"seed": chosen.seed + number})) for number in range(seeds)]
     record = curves_record(recorded, curves)
     if as_json:
-        _print_json(record)
+        print_json(record)
         return
     messages.print(SNAPPING_RULE, highlight=False)
     if recorded.outside:
@@ -340,14 +335,14 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
     from orchestrator.plan import make_plan
 
     # planned before the seconds that ray and mlflow take to import: most mistakes show here
-    with _naming(file):
+    with naming(file):
         plan = make_plan(config, fresh=fresh)
     from orchestrator.packs_on_ray import RayStopped
     from orchestrator.sweep import run_sweep
     from orchestrator.terminal import LogView, TerminalView
 
     try:
-        with _naming(file), (TerminalView if messages.is_terminal else LogView)(messages) as view:
+        with naming(file), (TerminalView if messages.is_terminal else LogView)(messages) as view:
             outcome = run_sweep(plan, view, git_diff)
     except RayStopped as error:
         _say_error(str(error))
@@ -355,7 +350,7 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
     if outcome.trained == 0 and outcome.stopped == 0 and outcome.failed == 0 and outcome.budget_line is None:
         messages.print(f"nothing left to do: sweep {config.name} has everything that {file} asks for")
     if as_json:
-        _print_json(fronts_record(outcome.ledger))
+        print_json(fronts_record(outcome.ledger))
     else:
         _print_fronts(outcome.ledger)
     if outcome.tracking_error is not None:
@@ -388,41 +383,9 @@ def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
     return f"the MLflow store {shown}"
 
 
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Puts the sweep file's name before what is found wrong with its values."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-
-
-def _print_plan(config: SweepConfig, as_json: bool, fresh: bool) -> None:
-    from orchestrator.plan import make_plan
-
-    # planned before the seconds that torch takes to import: most mistakes show here
-    plan = make_plan(config, fresh=fresh)
-    from orchestrator.estimate import estimate
-    from orchestrator.late_checks import check_plan
-    from orchestrator.plan_tables import estimate_lines, estimate_record, plan_table
-
-    checked = check_plan(plan, messages.print, stream=False)
-    plan, estimated = checked.plan, estimate(checked)
-    if as_json:
-        _print_json(estimate_record(plan, estimated))
-        return
-    console.print(plan_table(plan))
-    for line in estimate_lines(plan, estimated):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _print_fronts(ledger: Ledger) -> None:
     for status in study_statuses(ledger):
         console.print(front_table(status))
-
-
-def _print_json(record: object) -> None:
-    sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _open_ledger(sweep: str) -> Ledger:

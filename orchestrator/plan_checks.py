@@ -17,8 +17,10 @@ from qkmodel.model_description import ModelDescription
 CACHE_FOLDER = "activations"
 # set, it names the cluster that packs run on
 RAY_ADDRESS = "RAY_ADDRESS"
+# 1 on the head of a cluster whose nodes come when they are asked for
+AUTOSCALING = "ORCHESTRATE_AUTOSCALING"
 ANSWER_SECONDS = 10.0
-RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts")
+RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts", "jobs")
 
 
 def machine_cpus() -> int:
@@ -63,8 +65,11 @@ def check_model(config: SweepConfig, model: ModelDescription) -> None:
 
 
 def check_resources(config: SweepConfig) -> None:
-    """Refuses more CPUs or GPUs than there are."""
-    for key, wanted in (("pack", config.resources.pack), ("activations", config.resources.activations)):
+    """Refuses more CPUs or GPUs than there are; what packs find on a cluster is known there only."""
+    wanted_here = [("activations", config.resources.activations)]
+    if not os.environ.get(RAY_ADDRESS):
+        wanted_here.insert(0, ("pack", config.resources.pack))
+    for key, wanted in wanted_here:
         for kind, count, there in (("cpu", wanted.cpu, machine_cpus()), ("gpu", wanted.gpu, machine_gpus())):
             if count is not None and count > there:
                 raise InputError(f"resources.{key}.{kind}: {count:g} is more than this machine has; at most {there}")

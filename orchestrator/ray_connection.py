@@ -6,19 +6,24 @@ import math
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config import PackResources
-from orchestrator.plan_checks import RAY_ADDRESS, machine_cpus, machine_gpus
+from orchestrator.plan_checks import AUTOSCALING, RAY_ADDRESS, machine_cpus, machine_gpus
 from orchestrator.plan_figures import packs_at_once
 from orchestrator.process_end import end_process
 from qkmodel.errors import InputError
 
 CAPACITY_SECONDS = 1.0
+# what a node needs to start a first worker and import this
+NODES_SECONDS = 60.0
 HEAD_SECONDS = 3.0
 HEAD_PATIENCE_SECONDS = 12.0
 RAY_ENDED = "Ray ended; the same command continues the sweep where it was"
@@ -54,11 +59,59 @@ def connected_ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def check_access() -> None:
-    """Refuses a cluster at `RAY_ADDRESS` that lets nobody in. Raises InputError."""
-    if os.environ.get(RAY_ADDRESS):
-        with connected_ray():
-            pass
+def check_access(storage: Path) -> None:
+    """Refuses a cluster at `RAY_ADDRESS` that lets nobody in, or whose nodes do not share `storage`. Raises InputError.
+
+    Leaves nothing behind.
+    """
+    if not os.environ.get(RAY_ADDRESS):
+        return
+    with connected_ray():
+        there = next(parent for parent in (storage, *storage.parents) if parent.is_dir())
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".shared-") as marker:
+            _check_nodes(storage, Path(marker.name))
+
+
+def _check_nodes(storage: Path, marker: Path) -> None:
+    """Has every node that packs may land on look for `marker`, and write beside it."""
+    nodes = {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
+    }
+    look = ray.remote(num_cpus=0, max_retries=0)(_looks_wrong)
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(marker)): address
+        for node, address in nodes.items()
+    }
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS) if asked else ([], [])
+    for one in ready:
+        try:
+            wrong = ray.get(one)
+        except ray.exceptions.NodeDiedError:
+            # it went away just now, and takes no pack either
+            continue
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(
+                f"{RAY_ADDRESS}: node {asked[one]} cannot run packs ({reason}); every node needs this installation"
+            ) from error
+        if wrong is not None:
+            raise InputError(
+                f"storage: {storage}: on node {asked[one]} {wrong}; give a folder that all nodes share and can write"
+            )
+
+
+def _looks_wrong(marker: str) -> str | None:
+    """What a node finds wrong with the folder of a file that another made."""
+    path = Path(marker)
+    if not path.exists():
+        return "it is another folder, or none"
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return None
+    except OSError as error:
+        return f"it cannot be written to ({error.strerror})"
 
 
 def _watch_head(address: str, over: threading.Event) -> None:
@@ -108,7 +161,10 @@ def _answers(address: str) -> bool:
 
 
 class Capacity:
-    """How many packs the nodes that are alive can hold; nodes may come and go."""
+    """How many packs the nodes that are alive can hold; nodes may come and go.
+
+    Where nodes come when they are asked for, one pack more than that: Ray's autoscaler asks for what is waiting.
+    """
 
     def __init__(self, pack: PackResources) -> None:
         self._pack = pack
@@ -121,7 +177,8 @@ class Capacity:
             # a dead head is noticed elsewhere
             if not head_answers():
                 return 0
-            self._packs = sum(self._packs_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
+            held = sum(self._packs_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
+            self._packs = held + (1 if os.environ.get(AUTOSCALING) == "1" else 0)
         return self._packs
 
     def _packs_of(self, node: dict[str, float]) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,8 @@ from orchestrator.process_end import INTERRUPTED, end_process
 GRACE_SECONDS = 7.0
 BREAK_OFF_SECONDS = 0.1
 DEADLINE_SECONDS = 9.0
+# Clusters signal a whole group of processes, and the one around this passes it on: together they are one signal.
+SAME_SIGNAL_SECONDS = 1.0
 
 
 class Stopping:
@@ -25,6 +28,7 @@ class Stopping:
         self._folder = sweep_folder
         self._start = start
         self.signal: int | None = None
+        self._signalled = 0.0
         self.budget_line: str | None = None
 
     def check_budget(self) -> None:
@@ -53,8 +57,10 @@ class Stopping:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if time.monotonic() - self._signalled < SAME_SIGNAL_SECONDS:
+                return
             end_process("ended at once; the same command continues from the last checkpoints\n", 128 + number)
-        self.signal = number
+        self.signal, self._signalled = number, time.monotonic()
         # SIGALRM wakes Tune's loop, whatever it waits for
         signal.signal(signal.SIGALRM, self._break_off)
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)

@@ -92,7 +92,7 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
             plan = make_plan(plan.config, fresh=plan.fresh)
         if plan.lost_line is not None:
             view.say(plan.lost_line)
-        check_access()
+        check_access(plan.folder)
         checked = check_plan(plan, view.say)
         # only now is it known which token opens sequences
         for line in checked.plan.change_lines:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -43,9 +43,13 @@ def free_port() -> int:
 
 
 class RayCluster:
-    """A head without CPUs and nodes of one CPU each, as `ray start` makes them on several machines."""
+    """A head without CPUs and nodes of one CPU each, as `ray start` makes them on several machines.
 
-    def __init__(self, nodes: int) -> None:
+    With `dashboard_port` it takes jobs there. On one machine a job's working directory is taken from under it as soon
+    as another node unpacks the same, so what submits jobs gives the head the CPUs.
+    """
+
+    def __init__(self, nodes: int, dashboard_port: int | None = None, head_cpus: int = 0) -> None:
         # Ray's socket paths must be short
         self.folder = Path(tempfile.mkdtemp(prefix="rc"))
         (self.folder / "ray").mkdir()
@@ -57,13 +61,19 @@ class RayCluster:
         self._environment = os.environ | own
         self.client_environment = own | {"RAY_ADDRESS": self.address}
         port = self.address.rpartition(":")[2]
-        self._head = self._start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
+        dashboard = (
+            ("--include-dashboard=false",)
+            if dashboard_port is None
+            else ("--include-dashboard=true", f"--dashboard-port={dashboard_port}")
+        )
+        self._head = self._start("--head", f"--port={port}", f"--num-cpus={head_cpus}", *dashboard)
         self.nodes: list[subprocess.Popen[bytes]] = []
         for _ in range(nodes):
             self.add_node()
 
-    def add_node(self) -> None:
-        self.nodes.append(self._start(f"--address={self.address}", "--num-cpus=1"))
+    def add_node(self, before: Sequence[str] = ()) -> None:
+        """`before` is the beginning of the command that starts the node."""
+        self.nodes.append(self._start(f"--address={self.address}", "--num-cpus=1", before=before))
 
     def kill_node(self, index: int) -> None:
         """As if the machine had lost its power."""
@@ -87,13 +97,15 @@ class RayCluster:
             kill_session(one)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(self, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """Waited for: two nodes that start at once on one machine take each other's ports."""
         options = ("--block", "--disable-usage-stats", "--object-store-memory=80000000")
+        # jobs are handed to an agent, and clusters of one machine would take each other's port
+        options += (f"--dashboard-agent-listen-port={free_port()}",)
         log = self.folder / f"node-{len(list(self.folder.glob('node-*')))}"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [Path(sys.executable).with_name("ray"), "start", *arguments, *options],
+                [*before, Path(sys.executable).with_name("ray"), "start", *arguments, *options],
                 env=self._environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,

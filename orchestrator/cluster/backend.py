@@ -1,0 +1,51 @@
+"""What every backend can do, and which one a cluster's file asks for."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from orchestrator.cluster.config import Cluster, KubeRayCluster, LocalCluster, RayCluster, SlurmCluster
+from orchestrator.cluster.job import Job, JobStatus
+from orchestrator.config import SweepConfig
+
+
+class Backend(Protocol):
+    """Where jobs go. Everything raises InputError, in one line and within 15 s, when the cluster cannot be asked."""
+
+    def check(self, config: SweepConfig) -> None:
+        """Refuses what would fail on the cluster, before anything is made there."""
+
+    def script(self, job: Job, sweep: str) -> str:
+        """What is handed over with the resolved file `sweep`, for a person to read."""
+
+    def submit(self, job: Job) -> str:
+        """Hands the job over; returns its name there."""
+
+    def status(self, job: Job) -> JobStatus:
+        """Where it is. A job of which nobody knows any more is `lost`."""
+
+    def logs(self, job: Job, follow: bool) -> Iterator[str]:
+        """What the sweep has said, in pieces; with `follow` until it is over."""
+
+    def cancel(self, job: Job) -> None:
+        """Has it end, with checkpoints; returns once it is over or was asked to."""
+
+
+def backend_of(cluster: Cluster) -> Backend:
+    """The backend of a cluster."""
+    match cluster:
+        case LocalCluster():
+            from orchestrator.cluster.local import LocalBackend
+
+            return LocalBackend(cluster)
+        case SlurmCluster():
+            from orchestrator.cluster.slurm import SlurmBackend
+
+            return SlurmBackend(cluster)
+        case RayCluster():
+            from orchestrator.cluster.ray_jobs import RayBackend
+
+            return RayBackend(cluster)
+        case KubeRayCluster():
+            from orchestrator.cluster.kuberay import KubeRayBackend
+
+            return KubeRayBackend(cluster)

@@ -1,0 +1,44 @@
+"""The process that runs a job's sweep and writes down where it is and how it ended.
+
+    python -m orchestrator.cluster.job_process FOLDER
+
+SIGTERM and SIGINT go on to the sweep, which writes checkpoints and ends within ten seconds.
+"""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from orchestrator.cluster.job import EXIT, PROCESS, SWEEP, ExitRecord, ProcessRecord
+from qkmodel.files import write_atomically
+
+
+def main(folder: Path) -> int:
+    """Runs to the sweep's end; its exit code."""
+    (folder / EXIT).unlink(missing_ok=True)
+    itself = ProcessRecord(host=socket.gethostname(), pid=psutil.Process().pid, created=psutil.Process().create_time())
+    write_atomically(folder / PROCESS, itself.model_dump_json().encode())
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: asked.append(received))
+    sweep = subprocess.Popen([sys.executable, "-m", "orchestrator", "sweep", str(folder / SWEEP)])
+    code = None
+    while code is None:
+        while asked:
+            sweep.send_signal(asked.pop(0))
+        try:
+            code = sweep.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    # of a process that a signal ended, Popen says the signal's number below zero
+    code = code if code >= 0 else 128 - code
+    write_atomically(folder / EXIT, ExitRecord(code=code).model_dump_json().encode())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,202 @@
+"""Jobs of a Kubernetes cluster with the KubeRay operator: a RayJob, which brings a Ray cluster up and down again.
+
+KubeRay may build the Ray cluster anew (`backoffLimit`): the sweep then goes on from its ledger, on the shared volume.
+"""
+
+import json
+import re
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from orchestrator.addresses import redact_url
+from orchestrator.cluster.config import KubeRayCluster, NodeShape
+from orchestrator.cluster.job import SWEEP, Job, JobStatus, State
+from orchestrator.config import SweepConfig
+from orchestrator.plan_checks import AUTOSCALING
+from qkmodel.errors import InputError
+
+ANSWER_SECONDS = 12.0
+FOLDER = "/etc/qk-sweep"
+# Packs write checkpoints within ten seconds of the end.
+END_SECONDS = 30
+# Ray's object store holds nothing of ours: what is large is memory-mapped from files.
+_OBJECT_STORE = "100000000"
+# ray-operator/apis/ray/v1/rayjob_types.go
+_STATES: dict[str, State] = {
+    "": "pending",
+    "Initializing": "pending",
+    "Waiting": "pending",
+    "Retrying": "pending",
+    "Suspending": "running",
+    "Running": "running",
+    "Complete": "finished",
+    "Failed": "failed",
+    "ValidationFailed": "failed",
+}
+
+
+class KubeRayBackend:
+    """See `Backend`."""
+
+    def __init__(self, cluster: KubeRayCluster) -> None:
+        self._cluster = cluster
+
+    def check(self, config: SweepConfig) -> None:
+        mount = self._cluster.mount
+        if not config.storage.startswith(f"{mount}/"):
+            raise InputError(
+                f"storage: {config.storage} is not on the shared volume; write a folder below {mount}, in the sweep "
+                "file or in the cluster's"
+            )
+        if config.tracking is not None and redact_url(config.tracking) != config.tracking:
+            raise InputError(
+                "tracking: holds a password, which would lie in the cluster for all to read; leave it out and name a "
+                "Kubernetes secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD under the cluster's "
+                "secrets"
+            )
+        self._ask("get", "persistentvolumeclaim", self._cluster.volume_claim, "--output=name")
+        if self._ask("auth", "can-i", "create", "rayjobs.ray.io").strip() != "yes":
+            raise InputError(f"namespace: you may not create RayJobs in {self._cluster.namespace}")
+
+    def script(self, job: Job, sweep: str) -> str:
+        return _as_yaml(self.manifests(sweep, "qk-NAME"))
+
+    def submit(self, job: Job) -> str:
+        slug = re.sub(r"[^a-z0-9]+", "-", job.record.sweep.lower()).strip("-")[:25].strip("-")
+        name = f"qk-{slug}-{uuid.uuid4().hex[:8]}"
+        self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(job.sweep_file.read_text(), name)))
+        return name
+
+    def status(self, job: Job) -> JobStatus:
+        answer = self._ask("get", "rayjob", str(job.record.handle), "--output=json", gone="NotFound")
+        if not answer:
+            return JobStatus("cancelled") if job.is_cancelled else JobStatus("lost", "Kubernetes no longer knows it")
+        status = json.loads(answer).get("status") or {}
+        deployment, detail = status.get("jobDeploymentStatus") or "", f"RayJob {job.record.handle}"
+        if deployment == "Suspended":
+            return JobStatus("cancelled") if job.is_cancelled else JobStatus("interrupted", f"{detail} is suspended")
+        state = _STATES.get(deployment, "unknown")
+        if state == "failed":
+            said = " ".join(str(status.get("message") or status.get("reason") or "").split())
+            return JobStatus(state, said or detail)
+        return JobStatus(state, "" if state == "finished" else f"{detail}, {deployment or 'new'}")
+
+    def logs(self, job: Job, follow: bool) -> Iterator[str]:
+        # KubeRay's submitter, a Kubernetes job of the same name, prints what the sweep prints
+        command = self._command("logs", f"job/{job.record.handle}", *(["--follow"] if follow else []))
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            yield from process.stdout
+            complaint = process.stderr.read()
+        if process.returncode != 0:
+            raise InputError(f"kubectl: {' '.join(complaint.split())}")
+
+    def cancel(self, job: Job) -> None:
+        self._ask("patch", "rayjob", str(job.record.handle), "--type=merge", "--patch", '{"spec": {"suspend": true}}')
+
+    def manifests(self, sweep: str, name: str) -> list[dict[str, Any]]:
+        """The sweep file as a ConfigMap, and the RayJob that runs it."""
+        cluster = self._cluster
+        scaling = cluster.workers.least < cluster.workers.most
+        metadata = {"name": name, "namespace": cluster.namespace, "labels": {"app.kubernetes.io/part-of": "qk-sweep"}}
+        workers = {
+            "groupName": "packs",
+            "replicas": cluster.workers.least,
+            "minReplicas": cluster.workers.least,
+            "maxReplicas": cluster.workers.most,
+            "rayStartParams": {"object-store-memory": _OBJECT_STORE},
+            "template": self._pod("ray-worker", cluster.workers, name, {}),
+        }
+        head = {
+            # packs train on workers; the head drives, and fills the activation cache
+            "rayStartParams": {"num-cpus": "0", "object-store-memory": _OBJECT_STORE},
+            "template": self._pod("ray-head", cluster.head, name, {AUTOSCALING: "1"} if scaling else {}),
+        }
+        spec = {
+            "entrypoint": f"python -m orchestrator sweep {FOLDER}/{SWEEP}",
+            "backoffLimit": cluster.retries,
+            "shutdownAfterJobFinishes": True,
+            "rayClusterSpec": {
+                "rayVersion": version("ray"),
+                "enableInTreeAutoscaling": scaling,
+                "authOptions": {"mode": "token"},
+                "headGroupSpec": head,
+                "workerGroupSpecs": [workers],
+            },
+        }
+        return [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {SWEEP: sweep}},
+            {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec},
+        ]
+
+    def _pod(self, container: str, shape: NodeShape, name: str, own: Mapping[str, str]) -> dict[str, Any]:
+        cluster = self._cluster
+        environment = cluster.environment | own
+        reserved: dict[str, Any] = {"cpu": f"{shape.cpu:g}", "memory": shape.memory}
+        if shape.gpu:
+            reserved["nvidia.com/gpu"] = shape.gpu
+        return {
+            "spec": {
+                "terminationGracePeriodSeconds": END_SECONDS,
+                "containers": [
+                    {
+                        "name": container,
+                        "image": cluster.image,
+                        "resources": {"requests": reserved, "limits": reserved},
+                        "env": [{"name": key, "value": value} for key, value in environment.items()],
+                        "envFrom": [{"secretRef": {"name": secret}} for secret in cluster.secrets],
+                        "volumeMounts": [
+                            {"name": "runs", "mountPath": cluster.mount},
+                            {"name": "sweep", "mountPath": FOLDER, "readOnly": True},
+                        ],
+                    }
+                ],
+                "volumes": [
+                    {"name": "runs", "persistentVolumeClaim": {"claimName": cluster.volume_claim}},
+                    {"name": "sweep", "configMap": {"name": name}},
+                ],
+            }
+        }
+
+    def _command(self, *arguments: str) -> list[str]:
+        context = ["--context", self._cluster.context] if self._cluster.context is not None else []
+        return ["kubectl", *context, "--namespace", self._cluster.namespace, *arguments]
+
+    def _ask(self, *arguments: str, text: str | None = None, gone: str | None = None) -> str:
+        """What kubectl answers; empty where it complains with the word `gone`. Raises InputError."""
+        try:
+            ran = subprocess.run(
+                self._command(*arguments), input=text, capture_output=True, text=True, timeout=ANSWER_SECONDS
+            )
+        except FileNotFoundError:
+            raise InputError("kubectl: is not installed here; it is what this backend asks the cluster with") from None
+        except subprocess.TimeoutExpired:
+            raise InputError(f"kubectl: the cluster did not answer within {ANSWER_SECONDS:.0f} s") from None
+        # `auth can-i` says no with an exit code
+        if ran.returncode != 0 and ran.stdout.strip() != "no":
+            complaint = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"
+            if gone is not None and gone in complaint:
+                return ""
+            raise InputError(f"kubectl: {complaint}")
+        return ran.stdout
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors, and with the sweep file as lines: it is read by people."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Plain.add_representer(str, _Plain.represent_str)
+
+
+def _as_yaml(documents: list[dict[str, Any]]) -> str:
+    return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False)

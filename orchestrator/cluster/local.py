@@ -1,0 +1,93 @@
+"""Jobs on this machine: a process in the background that outlives the terminal."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+
+from orchestrator.cluster.config import LocalCluster
+from orchestrator.cluster.job import Job, JobStatus
+from orchestrator.cluster.log_file import follow_file
+from orchestrator.config import SweepConfig
+from orchestrator.plan import make_plan
+from qkmodel.errors import InputError
+
+START_SECONDS = 10.0
+# a sweep ends within ten seconds of SIGTERM
+END_SECONDS = 15.0
+
+
+class LocalBackend:
+    """See `Backend`."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+
+    def check(self, config: SweepConfig) -> None:
+        make_plan(config)
+
+    def script(self, job: Job, sweep: str) -> str:
+        return " ".join(_command(job))
+
+    def submit(self, job: Job) -> str:
+        with job.log.open("ab") as log:
+            process = subprocess.Popen(
+                _command(job),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=job.record.working_directory,
+                env=os.environ | self._cluster.environment,
+                # its own session: the terminal's end is not its own
+                start_new_session=True,
+            )
+        return str(process.pid)
+
+    def status(self, job: Job) -> JobStatus:
+        ended = job.ended()
+        if ended is not None:
+            return ended
+        record = job.process()
+        if record is None:
+            age = time.time() - job.record.submitted.timestamp()
+            return JobStatus("pending") if age < START_SECONDS else JobStatus("lost", "it never started")
+        if record.host != socket.gethostname():
+            return JobStatus("unknown", f"runs on {record.host}")
+        if _process(job) is not None:
+            return JobStatus("running", f"process {record.pid}")
+        # it may have ended since the file was looked for
+        lost = JobStatus("lost", "killed; submit it again to go on")
+        return job.ended() or (JobStatus("cancelled") if job.is_cancelled else lost)
+
+    def logs(self, job: Job, follow: bool) -> Iterator[str]:
+        return follow_file(job.log, follow, lambda: self.status(job).state not in ("pending", "running"))
+
+    def cancel(self, job: Job) -> None:
+        process = _process(job)
+        if process is None:
+            raise InputError(f"{job.id}: does not run here; orchestrate jobs says where it is")
+        process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs([process], timeout=END_SECONDS)
+        if alive:
+            for one in [*process.children(recursive=True), process]:
+                one.kill()
+
+
+def _command(job: Job) -> list[str]:
+    return [sys.executable, "-m", "orchestrator.cluster.job_process", str(job.folder)]
+
+
+def _process(job: Job) -> psutil.Process | None:
+    """The job's process, if it lives."""
+    record = job.process()
+    try:
+        process = psutil.Process(record.pid) if record is not None else None
+        is_it = process is not None and abs(process.create_time() - record.created) < 1
+        return process if is_it and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None

@@ -1,0 +1,203 @@
+"""Jobs of a running Ray cluster, through its Jobs API: the sweep runs on the head node, its packs on all."""
+
+import contextlib
+import logging
+import shlex
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobSubmissionClient
+from ray.job_submission import JobStatus as RayStatus
+
+from orchestrator.cluster.config import RayCluster
+from orchestrator.cluster.job import SWEEP, Job, JobStatus
+from orchestrator.config import SweepConfig
+from qkmodel.errors import InputError
+
+ANSWER_SECONDS = 5.0
+PROBE_SECONDS = 10.0
+POLL_SECONDS = 1.0
+# what of a working directory no sweep reads
+_LEFT_OUT = (".git", ".venv", "runs", "__pycache__")
+# Ray kills what has not ended by then; a sweep writes its checkpoints within ten seconds
+_STOP_SECONDS = "15"
+
+
+class RayBackend:
+    """See `Backend`."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self._cluster = cluster
+
+    def check(self, config: SweepConfig) -> None:
+        if not Path(config.storage).expanduser().is_absolute():
+            raise InputError(
+                f"storage: {config.storage} is relative, and the sweep runs elsewhere; write the absolute path of a "
+                "folder that all nodes share, in the sweep file or in the cluster's"
+            )
+        self._probe(config.storage)
+
+    def _probe(self, storage: str) -> None:
+        """A job that only looks whether a sweep could run there."""
+        client, deadline = self._client(), time.monotonic() + PROBE_SECONDS
+        with _one_line(self._cluster.address), self._upload(None) as folder:
+            name = _submit_before(
+                deadline,
+                client,
+                entrypoint=f"{shlex.quote(self._cluster.python)} -m orchestrator.cluster.probe {shlex.quote(storage)}",
+                runtime_env=self._runtime_env(folder),
+            )
+        while time.monotonic() < deadline:
+            details = client.get_job_info(name)
+            if details.status.is_terminal():
+                break
+            time.sleep(0.2)
+        else:
+            client.stop_job(name)
+            raise InputError(f"{self._cluster.address}: the cluster did not run a job within {PROBE_SECONDS:.0f} s")
+        if details.status != RayStatus.SUCCEEDED:
+            said = client.get_job_logs(name).strip().splitlines() or [str(details.message)]
+            if "No module named 'orchestrator'" in said[-1]:
+                raise InputError(
+                    f"python: {self._cluster.python} on the cluster's head has no orchestrator; name the interpreter "
+                    "that has it, or install it there"
+                )
+            raise InputError(f"{self._cluster.address}: {said[-1]}")
+
+    def script(self, job: Job, sweep: str) -> str:
+        lines = [f"job at {self._cluster.address}", f"entrypoint: {_entrypoint(self._cluster.python)}"]
+        if self._cluster.working_directory is not None:
+            lines.append(f"working directory: {Path(self._cluster.working_directory).expanduser().absolute()}")
+        return "\n".join([*lines, *(f"{key}: {value}" for key, value in self._runtime_env(None).items())])
+
+    def submit(self, job: Job) -> str:
+        client = self._client()
+        with _one_line(self._cluster.address), self._upload(job) as folder:
+            return client.submit_job(
+                entrypoint=_entrypoint(self._cluster.python),
+                runtime_env=self._runtime_env(folder),
+                metadata={"sweep": job.record.sweep},
+            )
+
+    def status(self, job: Job) -> JobStatus:
+        with _one_line(self._cluster.address):
+            try:
+                details = self._client().get_job_info(job.record.handle)
+            except RuntimeError as error:
+                if "does not exist" not in str(error):
+                    raise
+                return JobStatus("lost", "the cluster no longer knows it; submit it again to go on")
+        return _status(job, details)
+
+    def logs(self, job: Job, follow: bool) -> Iterator[str]:
+        client, said = self._client(), 0
+        while True:
+            with _one_line(self._cluster.address):
+                over = client.get_job_info(job.record.handle).status.is_terminal()
+                text = client.get_job_logs(job.record.handle)
+            if len(text) > said:
+                yield text[said:]
+                said = len(text)
+            if over or not follow:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def cancel(self, job: Job) -> None:
+        with _one_line(self._cluster.address):
+            self._client().stop_job(job.record.handle)
+
+    def _client(self) -> JobSubmissionClient:
+        cluster, headers = self._cluster, {}
+        if cluster.token_file is not None:
+            token = Path(cluster.token_file).expanduser()
+            if not token.is_file():
+                raise InputError(f"token_file: {token}: there is no such file; it holds the cluster's token")
+            headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
+        # what it uploads and connects to is no news to a person
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        parts = urlsplit(cluster.address)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((parts.hostname, port), ANSWER_SECONDS).close()
+        except OSError as error:
+            raise InputError(
+                f"{cluster.address}: nobody answers ({error.strerror or error}); the address is that of the Ray "
+                "cluster's dashboard, port 8265 as a rule"
+            ) from None
+        with _one_line(cluster.address):
+            return JobSubmissionClient(cluster.address.rstrip("/"), headers=headers)
+
+    def _runtime_env(self, folder: Path | None) -> dict[str, object]:
+        settings: dict[str, object] = {
+            "env_vars": self._cluster.environment | {"RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}
+        }
+        if folder is not None:
+            settings["working_dir"] = str(folder)
+        if self._cluster.packages:
+            settings["pip"] = list(self._cluster.packages)
+        return settings
+
+    @contextlib.contextmanager
+    def _upload(self, job: Job | None) -> Iterator[Path]:
+        """What the job finds in its working directory."""
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "job"
+            wanted = self._cluster.working_directory
+            if wanted is not None and job is not None:
+                shutil.copytree(Path(wanted).expanduser(), folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+            else:
+                folder.mkdir()
+            if job is not None:
+                shutil.copy(job.sweep_file, folder / SWEEP)
+            yield folder
+
+
+def _submit_before(deadline: float, client: JobSubmissionClient, **job: Any) -> str:
+    """Submits; a cluster that has just been started takes no jobs for some seconds."""
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _entrypoint(python: str) -> str:
+    # Ray sets one thread for it, which packs and caches do not heed, but what the driver measures does
+    return f"exec env -u OMP_NUM_THREADS {shlex.quote(python)} -m orchestrator sweep {SWEEP}"
+
+
+def _status(job: Job, details: JobDetails) -> JobStatus:
+    match details.status:
+        case RayStatus.PENDING:
+            return JobStatus("pending")
+        case RayStatus.RUNNING:
+            return JobStatus("running", f"Ray job {job.record.handle}")
+        case RayStatus.STOPPED:
+            return JobStatus("cancelled") if job.is_cancelled else JobStatus("interrupted", "stopped by somebody else")
+        case RayStatus.SUCCEEDED:
+            return JobStatus("finished")
+    if details.driver_exit_code is not None:
+        return job.status_of_exit(details.driver_exit_code)
+    return JobStatus("cancelled") if job.is_cancelled else JobStatus("lost", str(details.message).splitlines()[0])
+
+
+@contextlib.contextmanager
+def _one_line(address: str) -> Iterator[None]:
+    """What Ray complains of, as one line."""
+    try:
+        yield
+    except AuthenticationError:
+        raise InputError(
+            f"{address}: the cluster does not let you in without its token; token_file names the file that holds it"
+        ) from None
+    except (ConnectionError, RuntimeError) as error:
+        raise InputError(f"{address}: {next(iter(str(error).splitlines()), type(error).__name__)}") from None

@@ -1,0 +1,116 @@
+"""Submitting a sweep, listing what was submitted, ending it."""
+
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from orchestrator.cluster.backend import Backend, backend_of
+from orchestrator.cluster.config import Cluster, load_cluster
+from orchestrator.cluster.job import OVER, Job, JobRecord, JobStatus, all_jobs, new_job, resolved_yaml
+from orchestrator.config import SweepConfig
+from qkmodel.errors import InputError
+
+
+def for_cluster(config: SweepConfig, name: str) -> tuple[SweepConfig, Cluster]:
+    """The sweep as it is to be on the cluster, and the cluster. Raises InputError."""
+    cluster = load_cluster(name)
+    if cluster.storage is not None:
+        config = SweepConfig.model_validate(config.model_dump(exclude_unset=True) | {"storage": cluster.storage})
+    return config, cluster
+
+
+def submit(config: SweepConfig, cluster_name: str) -> Job:
+    """Hands a sweep to a cluster. Raises InputError, and leaves nothing behind, when it cannot be run there."""
+    config, cluster = for_cluster(config, cluster_name)
+    backend = backend_of(cluster)
+    _refuse_twice(config)
+    backend.check(config)
+    job = new_job(config, cluster_name, cluster)
+    try:
+        handle = backend.submit(job)
+    except InputError:
+        shutil.rmtree(job.folder)
+        raise
+    return job.with_handle(handle)
+
+
+def _refuse_twice(config: SweepConfig) -> None:
+    """Two jobs of a sweep would wait for each other's lease, on the cluster's time."""
+    for job in all_jobs():
+        if job.record.sweep == config.name and job.record.storage == config.storage and is_on_its_way(job):
+            raise InputError(
+                f"name: job {job.id} of this sweep is not over yet; follow it with orchestrate logs -f {job.id}, or "
+                f"end it with orchestrate cancel {job.id}"
+            )
+
+
+def is_on_its_way(job: Job) -> bool:
+    """Whether the job may still train something; one whose cluster does not answer may."""
+    try:
+        return status_of(job).state not in OVER
+    except InputError:
+        return True
+
+
+def status_of(job: Job) -> JobStatus:
+    """Where a job is. Raises InputError when its cluster cannot be asked."""
+    if job.record.handle is None:
+        return JobStatus("lost", "it was never handed over; submit it again")
+    return backend_of_job(job).status(job)
+
+
+def require_handle(job: Job) -> Job:
+    """The job, if a cluster has it. Raises InputError."""
+    if job.record.handle is None:
+        raise InputError(f"{job.id}: was never handed over; submit it again")
+    return job
+
+
+def backend_of_job(job: Job) -> Backend:
+    """That of the cluster as it was when the job was submitted."""
+    return backend_of(job.record.cluster)
+
+
+def cancel(job: Job) -> None:
+    """Has a job end. Raises InputError when it has ended, or its cluster cannot be asked."""
+    status = status_of(job)
+    if status.state in OVER:
+        raise InputError(f"{job.id}: is over ({status.state}); there is nothing to cancel")
+    job.mark_cancelled()
+    backend_of_job(job).cancel(job)
+
+
+def script_of(config: SweepConfig, cluster_name: str) -> str:
+    """What would be handed over, with JOB where the job's folder would stand."""
+    config, cluster = for_cluster(config, cluster_name)
+    record = JobRecord(
+        sweep=config.name,
+        cluster_name=cluster_name,
+        cluster=cluster,
+        storage=config.storage,
+        working_directory=str(Path.cwd()),
+        submitted=datetime.now().astimezone(),
+    )
+    return backend_of(cluster).script(Job(Path("JOB"), record), resolved_yaml(config))
+
+
+def jobs_table(jobs: list[tuple[Job, JobStatus]]) -> Table:
+    """One line for each job."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("job", "cluster", "state", "submitted", ""):
+        table.add_column(column, overflow="fold")
+    for job, status in jobs:
+        submitted = job.record.submitted.astimezone().strftime("%Y-%m-%d %H:%M")
+        table.add_row(job.id, job.record.cluster_name, status.state, submitted, status.detail)
+    return table
+
+
+def known_status(job: Job) -> JobStatus:
+    """The same as `status_of`; `unknown`, with the reason, where its cluster cannot be asked."""
+    try:
+        return status_of(job)
+    except InputError as error:
+        return JobStatus("unknown", str(error))

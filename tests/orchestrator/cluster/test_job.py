@@ -1,0 +1,106 @@
+"""Jobs on disk: the file that they run, their names, and what their states are read from."""
+
+import json
+import os
+import stat
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster.config import LocalCluster
+from orchestrator.cluster.job import EXIT, RECORD, SWEEP, all_jobs, new_job, open_job, resolved_yaml
+from orchestrator.cluster.local import LocalBackend
+from orchestrator.cluster.submission import cancel, submit
+from orchestrator.config import load_sweep
+from qkmodel.errors import InputError
+from tests.orchestrator.sweep_files import write_sweep
+
+SWEEPS = sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("overrides", [[], ["training.tokens=100_000_000", "name=other"]], ids=["as_is", "overridden"])
+def test_the_resolved_file_loads_as_the_sweep_that_was_submitted(file: Path, overrides: list[str]) -> None:
+    config = load_sweep(file, overrides)
+    written = Path("sweep.yaml")
+    written.write_text(resolved_yaml(config))
+    again = load_sweep(written)
+    assert again == config
+    # what is silently cut where nobody wrote it must not count as written
+    assert again.training.model_fields_set == config.training.model_fields_set
+
+
+def test_jobs_are_counted_by_sweep_and_only_their_owner_reads_them(tmp_path: Path) -> None:
+    config = load_sweep(write_sweep(tmp_path))
+    jobs = [new_job(config, "local", LocalCluster()) for _ in range(3)]
+    assert [job.id for job in jobs] == ["small-1", "small-2", "small-3"]
+    assert [job.id for job in all_jobs()] == ["small-1", "small-2", "small-3"]
+    assert stat.S_IMODE(jobs[0].folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((jobs[0].folder / SWEEP).stat().st_mode) == 0o600
+    assert open_job("small-2").record == jobs[1].record == open_job(str(jobs[1].folder)).record
+
+
+def test_what_is_no_job_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="small-1: no job of that name"):
+        open_job("small-1")
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
+    (job.folder / RECORD).write_text("{")
+    with pytest.raises(InputError, match=r"job\.json: is damaged"):
+        open_job(job.id)
+
+
+@pytest.mark.parametrize(
+    ("code", "cancelled", "state"),
+    [
+        (0, False, "finished"),
+        (0, True, "finished"),
+        (1, False, "failed"),
+        (2, False, "failed"),
+        (143, False, "interrupted"),
+        (130, False, "interrupted"),
+        (143, True, "cancelled"),
+        (137, True, "cancelled"),
+        (137, False, "failed"),
+    ],
+)
+def test_an_exit_code_becomes_a_state(tmp_path: Path, code: int, cancelled: bool, state: str) -> None:
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
+    if cancelled:
+        job.mark_cancelled()
+    (job.folder / EXIT).write_text(json.dumps({"code": code}))
+    assert LocalBackend(LocalCluster()).status(job).state == state
+
+
+def test_a_process_that_is_gone_is_lost_and_another_with_its_number_is_not_it(tmp_path: Path) -> None:
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
+    backend = LocalBackend(LocalCluster())
+    assert backend.status(job).state == "pending"
+    long_ago = job.record.model_copy(update={"submitted": datetime.now().astimezone() - timedelta(minutes=1)})
+    assert backend.status(type(job)(job.folder, long_ago)).state == "lost"
+    (job.folder / "process.json").write_text(
+        json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "created": 1.0})
+    )
+    assert backend.status(job).state == "lost"
+    (job.folder / "process.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "created": 1.0}))
+    assert backend.status(job).state == "unknown"
+
+
+def test_what_is_over_cannot_be_cancelled(tmp_path: Path) -> None:
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster()).with_handle("1")
+    (job.folder / EXIT).write_text('{"code": 0}')
+    with pytest.raises(InputError, match=r"small-1: is over \(finished\)"):
+        cancel(job)
+    assert not job.is_cancelled
+
+
+def test_a_sweep_that_cannot_be_planned_is_refused_and_leaves_no_job(tmp_path: Path) -> None:
+    config = load_sweep(write_sweep(tmp_path, layers=[99]))
+    with pytest.raises(InputError, match="layers: 99 is out of range"):
+        submit(config, "local")
+    assert not Path("runs").exists()

@@ -1,0 +1,121 @@
+"""What keeps a cluster from running a sweep is one line within 15 s, before anything is started."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import slurm
+from tests.system.desk import Desk
+from tests.system.services import RayCluster, free_port
+from tests.system.test_clusters import LONG
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def ray_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_port: int) -> Iterator[RayCluster]:
+    cluster = RayCluster(nodes=0, dashboard_port=ray_port, head_cpus=1)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def slurm_cluster() -> Iterator[slurm.Slurm]:
+    if not slurm.is_installed():
+        pytest.skip("apt-get install slurmctld slurmd slurm-client munge, as root")
+    cluster = slurm.Slurm()
+    yield cluster
+    cluster.close()
+
+
+def refusal(desk: Desk) -> str:
+    """The one line of a submission that is refused, in time, and leaves nothing behind."""
+    began = time.monotonic()
+    _, err = desk.ask("submit", "first.yaml", "--cluster", "mine", code=2)
+    assert time.monotonic() - began < 15
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    assert not (desk.folder / "runs").exists() and not (desk.folder / "store").exists()
+    return err
+
+
+def test_a_ray_cluster_that_cannot_be_reached_lets_nobody_in_or_has_no_place(
+    ray_cluster: RayCluster, ray_port: int, tmp_path: Path
+) -> None:
+    token = ray_cluster.client_environment["RAY_AUTH_TOKEN_PATH"]
+    (tmp_path / "wrong").write_text("0" * 64)
+    good = {
+        "backend": "ray",
+        "address": f"http://127.0.0.1:{ray_port}",
+        "token_file": token,
+        "python": sys.executable,
+    }
+    for number, (change, line) in enumerate(
+        [
+            ({"address": f"http://127.0.0.1:{free_port()}"}, "nobody answers"),
+            ({"token_file": None}, "does not let you in without its token"),
+            ({"token_file": str(tmp_path / "wrong")}, "does not let you in without its token"),
+            ({"token_file": "/nowhere"}, "token_file: /nowhere: there is no such file"),
+            ({"storage": "runs"}, "storage: runs is relative"),
+            ({"storage": "/proc/runs"}, "storage: /proc cannot be written to"),
+            ({"python": "/usr/bin/python3"}, "python: /usr/bin/python3 on the cluster's head has no orchestrator"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert line in refusal(Desk(folder, good | change, {}))
+
+
+def test_a_node_that_does_not_share_the_storage_is_named(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a node with a folder of its own needs a mount, and that needs root")
+    desk = Desk(tmp_path, {"backend": "local"}, ray_cluster.client_environment)
+    (tmp_path / "store").mkdir()
+    hide = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {tmp_path}/store && exec "$0" "$@"')
+    ray_cluster.add_node(before=hide)
+    try:
+        _, err = desk.ask("sweep", "first.yaml", code=2)
+        assert "store/first: on node" in err and "it is another folder, or none" in err
+        assert list((tmp_path / "store").iterdir()) == []
+    finally:
+        ray_cluster.kill_node(0)
+
+
+def test_a_slurm_without_the_partition_or_without_a_controller(slurm_cluster: slurm.Slurm, tmp_path: Path) -> None:
+    for name, environment, line in [
+        ("partition", slurm_cluster.environment, "partition: gpu is none of this cluster's; it has work"),
+        ("controller", {"SLURM_CONF": str(tmp_path / "slurm.conf")}, "sinfo: "),
+    ]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (tmp_path / "slurm.conf").write_text(
+            Path(slurm_cluster.environment["SLURM_CONF"]).read_text().replace("SlurmctldPort=", "SlurmctldPort=1")
+        )
+        assert line in refusal(Desk(folder, {"backend": "slurm", "partition": "gpu"}, environment))
+
+
+def test_a_slurm_job_that_is_told_to_end_goes_back_into_the_queue_and_goes_on(
+    slurm_cluster: slurm.Slurm, tmp_path: Path
+) -> None:
+    desk = Desk(tmp_path, {"backend": "slurm", "partition": "work"}, slurm_cluster.environment)
+    job = desk.submit(*LONG)
+    desk.wait_for_reports("long", 4096)
+    (number,) = slurm_cluster.ask("squeue", "--noheader", "--format=%A").split()
+    slurm_cluster.ask("scancel", "--signal=TERM", number)
+    desk.wait(job, "pending")
+    # SLURM itself would wait two minutes
+    slurm_cluster.ask("scontrol", "update", f"jobid={number}", "StartTime=now")
+    assert desk.wait(job, "finished", "failed", "lost", "interrupted", "cancelled") == "finished"
+    said = desk.ask("logs", job)[0]
+    assert said.count("interrupted; the same command continues where it was") == 1
+    assert f"job {number} goes back into the queue" in said
+    desk.ask("sweep", "first.yaml", *LONG, "name=alone")
+    assert desk.hashes("long") == desk.hashes("alone")
