@@ -23,7 +23,7 @@ from qkmodel.errors import InputError
 
 CAPACITY_SECONDS = 1.0
 # what a node needs to start a first worker and import this
-NODES_SECONDS = 60.0
+NODES_SECONDS = 30.0
 HEAD_SECONDS = 3.0
 HEAD_PATIENCE_SECONDS = 12.0
 RAY_ENDED = "Ray ended; the same command continues the sweep where it was"
@@ -88,7 +88,7 @@ def _check_nodes(storage: Path, marker: Path) -> None:
     for one in ready:
         try:
             wrong = ray.get(one)
-        except ray.exceptions.NodeDiedError:
+        except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
             # it went away just now, and takes no pack either
             continue
         except ray.exceptions.RayError as error:

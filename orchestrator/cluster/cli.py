@@ -53,7 +53,10 @@ def jobs(as_json: JsonOption = False) -> None:
     from orchestrator.cluster.job import all_jobs
     from orchestrator.cluster.submission import jobs_table, known_status
 
-    listed = [(job, known_status(job)) for job in all_jobs()]
+    readable, complaints = all_jobs()
+    listed = [(job, known_status(job)) for job in readable]
+    for line in complaints:
+        messages.print(line, markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print_json(
             [

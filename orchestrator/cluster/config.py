@@ -31,6 +31,13 @@ class _Cluster(Schema):
     storage: Text | None = None
     environment: dict[str, str] = Field(default={})
 
+    @field_validator("storage")
+    @classmethod
+    def _folder(cls, storage: str | None) -> str | None:
+        if storage is not None and "://" in storage:
+            raise ValueError("must be the path of a folder")
+        return storage
+
     @field_validator("environment")
     @classmethod
     def _variables(cls, environment: dict[str, str]) -> dict[str, str]:

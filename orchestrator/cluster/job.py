@@ -163,12 +163,15 @@ def open_job(name: str) -> Job:
     return Job(folder.absolute(), record)
 
 
-def all_jobs() -> list[Job]:
-    """Those in runs/jobs, oldest first."""
-    if not JOBS.is_dir():
-        return []
-    jobs = [open_job(folder.name) for folder in JOBS.iterdir() if (folder / RECORD).is_file()]
-    return sorted(jobs, key=lambda job: job.record.submitted)
+def all_jobs() -> tuple[list[Job], list[str]]:
+    """Those in runs/jobs, oldest first, and what is wrong with others."""
+    jobs, complaints = [], []
+    for record in sorted(JOBS.glob(f"*/{RECORD}")):
+        try:
+            jobs.append(open_job(record.parent.name))
+        except InputError as error:
+            complaints.append(str(error))
+    return sorted(jobs, key=lambda job: job.record.submitted), complaints
 
 
 def _read(path: Path, schema: type[Schema]):

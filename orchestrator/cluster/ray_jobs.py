@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ray._private.runtime_env import packaging
+from ray.dashboard.modules import dashboard_sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.job_submission import JobStatus as RayStatus
@@ -121,7 +123,8 @@ class RayBackend:
                 raise InputError(f"token_file: {token}: there is no such file; it holds the cluster's token")
             headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
         # what it uploads and connects to is no news to a person
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for talkative in (dashboard_sdk, packaging):
+            logging.getLogger(talkative.__name__).setLevel(logging.WARNING)
         parts = urlsplit(cluster.address)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:

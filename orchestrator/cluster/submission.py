@@ -39,7 +39,7 @@ def submit(config: SweepConfig, cluster_name: str) -> Job:
 
 def _refuse_twice(config: SweepConfig) -> None:
     """Two jobs of a sweep would wait for each other's lease, on the cluster's time."""
-    for job in all_jobs():
+    for job in all_jobs()[0]:
         if job.record.sweep == config.name and job.record.storage == config.storage and is_on_its_way(job):
             raise InputError(
                 f"name: job {job.id} of this sweep is not over yet; follow it with orchestrate logs -f {job.id}, or "

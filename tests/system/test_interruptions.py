@@ -101,6 +101,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path: Path, after_seconds: 
     assert err.splitlines()[-1] == "interrupted; the same command continues where it was" and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_process_group_is_answered_in_time(tmp_path: Path) -> None:
     """As service managers and `timeout` send it: Ray's own processes get it too."""
     sweep = Sweep.create(tmp_path / "first", tokens=65_536, report_tokens=1024)

@@ -32,7 +32,9 @@ def test_refused_with_nothing_created(tmp_path: Path, overrides: list[str], word
     refused(tmp_path, words, str(ROOT / "sweeps" / "smoke.yaml"), *overrides)
 
 
-@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["started", "dry run"])
+@pytest.mark.parametrize(
+    "dry_run", [[], pytest.param(["--dry-run"], marks=pytest.mark.slow)], ids=["started", "dry run"]
+)
 def test_attention_that_cannot_be_reproduced_is_refused_before_anything_is_cached(
     tmp_path: Path, dry_run: list[str]
 ) -> None:

@@ -49,6 +49,7 @@ def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "backend: local\nenvironment: {MLFLOW_TRACKING_PASSWORD: x}\n",
             "environment.MLFLOW_TRACKING_PASSWORD: looks like a secret",
         ),
+        ("backend: local\nstorage: s3://bucket/runs\n", 'storage: "s3://bucket/runs" must be the path of a folder'),
         ("backend: local\nenvironment: {A B: x}\n", "A B is no name of an environment variable"),
         ("backend: kuberay\nimage: x\n", "volume_claim: is missing"),
         ("backend: kuberay\nimage: x\nvolume_claim: y\nworkers: {memory: 3 gigs}\n", "workers.memory"),

@@ -40,7 +40,7 @@ def test_jobs_are_counted_by_sweep_and_only_their_owner_reads_them(tmp_path: Pat
     config = load_sweep(write_sweep(tmp_path))
     jobs = [new_job(config, "local", LocalCluster()) for _ in range(3)]
     assert [job.id for job in jobs] == ["small-1", "small-2", "small-3"]
-    assert [job.id for job in all_jobs()] == ["small-1", "small-2", "small-3"]
+    assert [job.id for job in all_jobs()[0]] == ["small-1", "small-2", "small-3"]
     assert stat.S_IMODE(jobs[0].folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((jobs[0].folder / SWEEP).stat().st_mode) == 0o600
     assert open_job("small-2").record == jobs[1].record == open_job(str(jobs[1].folder)).record
@@ -53,6 +53,9 @@ def test_what_is_no_job_is_one_line(tmp_path: Path) -> None:
     (job.folder / RECORD).write_text("{")
     with pytest.raises(InputError, match=r"job\.json: is damaged"):
         open_job(job.id)
+    other = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
+    readable, (complaint,) = all_jobs()
+    assert [one.id for one in readable] == [other.id] and "is damaged" in complaint
 
 
 @pytest.mark.parametrize(

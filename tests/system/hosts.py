@@ -1,0 +1,118 @@
+"""Hosts of their own on one machine: network namespaces on a bridge, and a Ray cluster over them. Needs root."""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.system.services import READY_SECONDS, kill_session
+
+NETWORK = "10.83.7"
+
+
+def is_possible() -> bool:
+    return os.geteuid() == 0 and all(shutil.which(program) for program in ("ip", "unshare"))
+
+
+class RayHosts:
+    """A head that only drives, and workers of one CPU; each host has an address, and a /tmp/ray of its own.
+
+    This process is on the network too, at `NETWORK`.254: it is where a person submits from.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="rh"))
+        self.token = self.folder / "token"
+        self.token.touch(0o600)
+        self.token.write_text(secrets.token_hex(32))
+        self._environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._prefix = secrets.token_hex(2)
+        self._bridge = f"br{self._prefix}"
+        _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("address", "add", f"{NETWORK}.254/24", "dev", self._bridge)
+        _ip("link", "set", self._bridge, "up")
+        self.dashboard = f"http://{NETWORK}.1:8265"
+        self._start(1, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=true", "--dashboard-host=0.0.0.0")
+        for number in range(workers):
+            self.add_worker(2 + number)
+
+    def add_worker(self, number: int) -> None:
+        """A host with the address `NETWORK`.`number`, which joins."""
+        self._start(number, f"--address={NETWORK}.1:6379", "--num-cpus=1")
+
+    def cut_off(self, number: int) -> None:
+        """Pulls a host's cable; what runs there goes on and hears nothing more."""
+        _ip("link", "set", self._cable(number), "down")
+
+    def trains(self, number: int) -> bool:
+        """Whether a pack is at work on a host."""
+        pids = subprocess.run(
+            ["ip", "netns", "pids", self._name(number)], capture_output=True, text=True
+        ).stdout.split()
+        titles = [_title(pid) for pid in pids]
+        return any("ray::ResourceTrainable.train" in title for title in titles)
+
+    def close(self) -> None:
+        for number, process in self._processes.items():
+            kill_session(process)
+            subprocess.run(["ip", "netns", "delete", self._name(number)], capture_output=True)
+        subprocess.run(["ip", "link", "delete", self._bridge], capture_output=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, number: int, *arguments: str) -> None:
+        name, cable, inside = self._name(number), self._cable(number), f"i{self._prefix}{number}"
+        _ip("netns", "add", name)
+        _ip("link", "add", cable, "type", "veth", "peer", "name", inside)
+        _ip("link", "set", cable, "master", self._bridge, "up")
+        _ip("link", "set", inside, "netns", name)
+        for command in (
+            ("address", "add", f"{NETWORK}.{number}/24", "dev", inside),
+            ("link", "set", inside, "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            _ip("netns", "exec", name, "ip", *command)
+        own = self.folder / f"ray-{number}"
+        own.mkdir()
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        ray = Path(sys.executable).with_name("ray")
+        options = ("--block", "--disable-usage-stats", "--object-store-memory=80000000")
+        log = self.folder / f"host-{number}"
+        with log.open("w") as output:
+            self._processes[number] = process = subprocess.Popen(
+                [
+                    *("ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c"),
+                    'mount --bind "$0" /tmp/ray && exec "$@"',
+                    *(own, ray, "start", f"--node-ip-address={NETWORK}.{number}", *arguments, *options),
+                ],
+                env=self._environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + READY_SECONDS
+        while "--block" not in log.read_text():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.2)
+
+    def _name(self, number: int) -> str:
+        return f"qk{self._prefix}-{number}"
+
+    def _cable(self, number: int) -> str:
+        return f"o{self._prefix}{number}"
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+def _title(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
