@@ -58,7 +58,7 @@ def check_plan(plan: SweepPlan, say: Callable[[str], None], stream: bool = True)
     measured = None
     if plan.bos == AUTO and is_readable:
         measured = measure_opening_token(plan.config, load_model, say)
-        plan = make_plan(plan.config, measured.bos, plan.fresh)
+        plan = make_plan(plan.config, measured.bos, plan.fresh, plan.cluster_packs)
     read_corpus = _corpus_reader(plan, load_model, say)
     manifest = plan.cached
     if plan.trainings_left and is_readable:

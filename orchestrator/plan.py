@@ -49,7 +49,8 @@ class SweepPlan:
 
     `bos` is the token that opens sequences, None for none, "auto" until it has been measured. `attempt` counts how
     often everything was begun afresh, and `fresh` says that this plan does so. `tokens_spent` by all trainings so far.
-    `change_lines` say why studies are new.
+    `change_lines` say why studies are new. `cluster_packs` is how many packs the cluster at `RAY_ADDRESS` holds at
+    once, None where there is none or it was not asked.
     """
 
     config: SweepConfig
@@ -61,6 +62,7 @@ class SweepPlan:
     fresh: bool
     tokens_spent: int
     change_lines: list[str]
+    cluster_packs: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -125,7 +127,9 @@ class SweepPlan:
 
     @property
     def slots(self) -> int:
-        """Packs that this machine runs at once."""
+        """Packs that this machine, or the cluster, runs at once."""
+        if self.cluster_packs is not None:
+            return max(1, self.cluster_packs)
         return max(1, packs_at_once(machine_cpus(), machine_gpus(), self.config.resources.pack))
 
     @property
@@ -240,7 +244,9 @@ def _refuse_other_task(config: SweepConfig, ledger: Ledger) -> None:
         raise InputError(f"task: the sweep in {ledger.folder} is of another task than {config.task}; give another name")
 
 
-def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool = False) -> SweepPlan:
+def make_plan(
+    config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool = False, cluster_packs: int | None = None
+) -> SweepPlan:
     """What this sweep file asks for beyond what its ledger already holds. Creates nothing.
 
     With `fresh` nothing that is there counts: the studies are those of a new attempt. `measured_bos` is what
@@ -290,7 +296,7 @@ def make_plan(config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool 
         changes = change_lines(ledger.studies(), studies, config.task)
         tokens_spent = ledger.spent([study.study_id for study in studies]).tokens
         ledger.close()
-    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes)
+    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes, cluster_packs)
     if plan.trainings_left:
         check_memory(config, plan.pack_size, plan.pack_bytes)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:

@@ -17,7 +17,7 @@ from qkmodel.model_description import ModelDescription
 CACHE_FOLDER = "activations"
 # set, it names the cluster that packs run on
 RAY_ADDRESS = "RAY_ADDRESS"
-# 1 on the head of a cluster whose nodes come when they are asked for
+# on the head of a cluster whose nodes come when they are asked for: how many packs it may grow to
 AUTOSCALING = "ORCHESTRATE_AUTOSCALING"
 ANSWER_SECONDS = 10.0
 RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts", "jobs")

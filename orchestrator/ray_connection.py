@@ -59,17 +59,18 @@ def connected_ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def check_access(storage: Path) -> None:
-    """Refuses a cluster at `RAY_ADDRESS` that lets nobody in, or whose nodes do not share `storage`. Raises InputError.
+def ask_cluster(storage: Path, pack: PackResources) -> int | None:
+    """How many packs the cluster at `RAY_ADDRESS` holds at once, or may grow to; None where there is no cluster.
 
-    Leaves nothing behind.
+    Refuses one that lets nobody in, or whose nodes do not share `storage`: raises InputError. Leaves nothing behind.
     """
     if not os.environ.get(RAY_ADDRESS):
-        return
+        return None
     with connected_ray():
         there = next(parent for parent in (storage, *storage.parents) if parent.is_dir())
         with tempfile.NamedTemporaryFile(dir=there, prefix=".shared-") as marker:
             _check_nodes(storage, Path(marker.name))
+        return max(packs_may_come(), Capacity(pack).held())
 
 
 def _check_nodes(storage: Path, marker: Path) -> None:
@@ -160,6 +161,12 @@ def _answers(address: str) -> bool:
     return True
 
 
+def packs_may_come() -> int:
+    """How many packs a cluster whose nodes come when they are asked for may grow to; 0 where they do not."""
+    written = os.environ.get(AUTOSCALING, "")
+    return int(written) if written.isascii() and written.isdigit() else 0
+
+
 class Capacity:
     """How many packs the nodes that are alive can hold; nodes may come and go.
 
@@ -177,9 +184,13 @@ class Capacity:
             # a dead head is noticed elsewhere
             if not head_answers():
                 return 0
-            held = sum(self._packs_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
-            self._packs = held + (1 if os.environ.get(AUTOSCALING) == "1" else 0)
+            held = self.held()
+            self._packs = held + 1 if held < packs_may_come() else held
         return self._packs
+
+    def held(self) -> int:
+        """What fits by now."""
+        return sum(self._packs_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
     def _packs_of(self, node: dict[str, float]) -> int:
         return packs_at_once(node.get("CPU", 0), node.get("GPU", 0), self._pack)

@@ -4,7 +4,7 @@ import contextlib
 import platform
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Protocol
@@ -26,7 +26,7 @@ from orchestrator.permit import grant
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_figures import steps_per_training, storage_folder, tokens_per_step
 from orchestrator.preparation import Preparation, prepare
-from orchestrator.ray_connection import check_access
+from orchestrator.ray_connection import ask_cluster
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
 from orchestrator.start_facts import machine_facts, plan_facts
@@ -92,8 +92,8 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
             plan = make_plan(plan.config, fresh=plan.fresh)
         if plan.lost_line is not None:
             view.say(plan.lost_line)
-        check_access(plan.folder)
-        checked = check_plan(plan, view.say)
+        packs = ask_cluster(plan.folder, plan.config.resources.pack)
+        checked = check_plan(replace(plan, cluster_packs=packs), view.say)
         # only now is it known which token opens sequences
         for line in checked.plan.change_lines:
             view.say(line)

@@ -14,8 +14,8 @@ class Backend(Protocol):
     def check(self, config: SweepConfig) -> None:
         """Refuses what would fail on the cluster, before anything is made there."""
 
-    def script(self, job: Job, sweep: str) -> str:
-        """What is handed over with the resolved file `sweep`, for a person to read."""
+    def script(self, job: Job, config: SweepConfig) -> str:
+        """What is handed over, for a person to read."""
 
     def submit(self, job: Job) -> str:
         """Hands the job over; returns its name there."""

@@ -15,9 +15,10 @@ import yaml
 
 from orchestrator.addresses import redact_url
 from orchestrator.cluster.config import KubeRayCluster, NodeShape
-from orchestrator.cluster.job import SWEEP, Job, JobStatus, State
-from orchestrator.config import SweepConfig
+from orchestrator.cluster.job import SWEEP, Job, JobStatus, State, resolved_yaml
+from orchestrator.config import SweepConfig, load_sweep
 from orchestrator.plan_checks import AUTOSCALING
+from orchestrator.plan_figures import packs_at_once
 from qkmodel.errors import InputError
 
 ANSWER_SECONDS = 12.0
@@ -63,13 +64,13 @@ class KubeRayBackend:
         if self._ask("auth", "can-i", "create", "rayjobs.ray.io").strip() != "yes":
             raise InputError(f"namespace: you may not create RayJobs in {self._cluster.namespace}")
 
-    def script(self, job: Job, sweep: str) -> str:
-        return _as_yaml(self.manifests(sweep, "qk-NAME"))
+    def script(self, job: Job, config: SweepConfig) -> str:
+        return _as_yaml(self.manifests(config, "qk-NAME"))
 
     def submit(self, job: Job) -> str:
         slug = re.sub(r"[^a-z0-9]+", "-", job.record.sweep.lower()).strip("-")[:25].strip("-")
         name = f"qk-{slug}-{uuid.uuid4().hex[:8]}"
-        self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(job.sweep_file.read_text(), name)))
+        self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(load_sweep(job.sweep_file), name)))
         return name
 
     def status(self, job: Job) -> JobStatus:
@@ -98,9 +99,10 @@ class KubeRayBackend:
     def cancel(self, job: Job) -> None:
         self._ask("patch", "rayjob", str(job.record.handle), "--type=merge", "--patch", '{"spec": {"suspend": true}}')
 
-    def manifests(self, sweep: str, name: str) -> list[dict[str, Any]]:
+    def manifests(self, config: SweepConfig, name: str) -> list[dict[str, Any]]:
         """The sweep file as a ConfigMap, and the RayJob that runs it."""
         cluster = self._cluster
+        packs = cluster.workers.most * packs_at_once(cluster.workers.cpu, cluster.workers.gpu, config.resources.pack)
         scaling = cluster.workers.least < cluster.workers.most
         metadata = {"name": name, "namespace": cluster.namespace, "labels": {"app.kubernetes.io/part-of": "qk-sweep"}}
         workers = {
@@ -114,7 +116,7 @@ class KubeRayBackend:
         head = {
             # packs train on workers; the head drives, and fills the activation cache
             "rayStartParams": {"num-cpus": "0", "object-store-memory": _OBJECT_STORE},
-            "template": self._pod("ray-head", cluster.head, name, {AUTOSCALING: "1"} if scaling else {}),
+            "template": self._pod("ray-head", cluster.head, name, {AUTOSCALING: str(packs)} if scaling else {}),
         }
         spec = {
             "entrypoint": f"python -m orchestrator sweep {FOLDER}/{SWEEP}",
@@ -129,7 +131,7 @@ class KubeRayBackend:
             },
         }
         return [
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {SWEEP: sweep}},
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {SWEEP: resolved_yaml(config)}},
             {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec},
         ]
 

@@ -31,7 +31,7 @@ class LocalBackend:
     def check(self, config: SweepConfig) -> None:
         make_plan(config)
 
-    def script(self, job: Job, sweep: str) -> str:
+    def script(self, job: Job, config: SweepConfig) -> str:
         return " ".join(_command(job))
 
     def submit(self, job: Job) -> str:

@@ -45,7 +45,7 @@ class SlurmBackend:
         if wanted is not None and wanted not in partitions:
             raise InputError(f"partition: {wanted} is none of this cluster's; it has {', '.join(partitions)}")
 
-    def script(self, job: Job, sweep: str) -> str:
+    def script(self, job: Job, config: SweepConfig) -> str:
         return self._script(job)
 
     def _script(self, job: Job) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from orchestrator.cluster.backend import Backend, backend_of
 from orchestrator.cluster.config import Cluster, load_cluster
-from orchestrator.cluster.job import OVER, Job, JobRecord, JobStatus, all_jobs, new_job, resolved_yaml
+from orchestrator.cluster.job import OVER, Job, JobRecord, JobStatus, all_jobs, new_job
 from orchestrator.config import SweepConfig
 from qkmodel.errors import InputError
 
@@ -94,7 +94,7 @@ def script_of(config: SweepConfig, cluster_name: str) -> str:
         working_directory=str(Path.cwd()),
         submitted=datetime.now().astimezone(),
     )
-    return backend_of(cluster).script(Job(Path("JOB"), record), resolved_yaml(config))
+    return backend_of(cluster).script(Job(Path("JOB"), record), config)
 
 
 def jobs_table(jobs: list[tuple[Job, JobStatus]]) -> Table:

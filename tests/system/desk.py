@@ -47,8 +47,8 @@ class Desk:
         listed = json.loads(self.ask("jobs", "--json")[0])
         return next(one["state"] for one in listed if one["job"] == job)
 
-    def wait(self, job: str, *states: str) -> str:
-        deadline = time.monotonic() + PATIENCE
+    def wait(self, job: str, *states: str, patience: float = PATIENCE) -> str:
+        deadline = time.monotonic() + patience
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, f"{job} is {state}\n{self.ask('logs', job)[0]}"
             time.sleep(1)

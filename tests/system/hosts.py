@@ -21,16 +21,18 @@ def is_possible() -> bool:
 class RayHosts:
     """A head that only drives, and workers of one CPU; each host has an address, and a /tmp/ray of its own.
 
-    This process is on the network too, at `NETWORK`.254: it is where a person submits from.
+    This process is on the network too, at `NETWORK`.254: it is where a person submits from. With `pinned` the worker
+    with the address `NETWORK`.2 has the machine's first CPU only, that with .3 the second, and so on.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, pinned: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rh"))
         self.token = self.folder / "token"
         self.token.touch(0o600)
         self.token.write_text(secrets.token_hex(32))
         self._environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._pinned = pinned
         self._prefix = secrets.token_hex(2)
         self._bridge = f"br{self._prefix}"
         _ip("link", "add", self._bridge, "type", "bridge")
@@ -81,11 +83,13 @@ class RayHosts:
         Path("/tmp/ray").mkdir(exist_ok=True)
         ray = Path(sys.executable).with_name("ray")
         options = ("--block", "--disable-usage-stats", "--object-store-memory=80000000")
+        cpu = sorted(os.sched_getaffinity(0))[number - 2] if self._pinned and number > 1 else None
+        pin = ("taskset", "--cpu-list", str(cpu)) if cpu is not None else ()
         log = self.folder / f"host-{number}"
         with log.open("w") as output:
             self._processes[number] = process = subprocess.Popen(
                 [
-                    *("ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c"),
+                    *(*pin, "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c"),
                     'mount --bind "$0" /tmp/ray && exec "$@"',
                     *(own, ray, "start", f"--node-ip-address={NETWORK}.{number}", *arguments, *options),
                 ],

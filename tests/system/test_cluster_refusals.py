@@ -66,7 +66,10 @@ def test_a_ray_cluster_that_cannot_be_reached_lets_nobody_in_or_has_no_place(
             ({"token_file": "/nowhere"}, "token_file: /nowhere: there is no such file"),
             ({"storage": "runs"}, "storage: runs is relative"),
             ({"storage": "/proc/runs"}, "storage: /proc cannot be written to"),
-            ({"python": "/usr/bin/python3"}, "python: /usr/bin/python3 on the cluster's head has no orchestrator"),
+            (
+                {"python": "/usr/bin/python3"},
+                "python: /usr/bin/python3 on the cluster's head does not have this program",
+            ),
         ]
     ):
         folder = tmp_path / str(number)

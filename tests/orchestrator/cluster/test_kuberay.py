@@ -18,7 +18,7 @@ from orchestrator.cluster.config import KubeRayCluster
 from orchestrator.cluster.job import Job, JobRecord, new_job
 from orchestrator.cluster.kuberay import KubeRayBackend
 from orchestrator.cluster.submission import cancel, script_of, status_of, submit
-from orchestrator.config import load_sweep
+from orchestrator.config import SweepConfig, load_sweep
 from qkmodel.errors import InputError
 from tests.orchestrator.cluster.kubernetes_schema import complaints
 from tests.orchestrator.sweep_files import write_sweep
@@ -80,14 +80,20 @@ def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def sweep() -> SweepConfig:
+    """Four packs share a worker's GPU."""
+    return load_sweep(Path(__file__).parents[3] / "sweeps" / "l1.yaml", ["resources.pack.gpu=0.25"])
+
+
 def rayjob() -> dict:
-    return KubeRayBackend(CLUSTER).manifests("name: x\n", "qk-x")[1]
+    return KubeRayBackend(CLUSTER).manifests(sweep(), "qk-x")[1]
 
 
 def test_pods_and_configuration_are_what_kubernetes_takes() -> None:
-    configuration, job = KubeRayBackend(CLUSTER).manifests("name: x\n", "qk-x")
+    configuration, job = KubeRayBackend(CLUSTER).manifests(sweep(), "qk-x")
     kubernetes_validate.validate(configuration, KUBERNETES, strict=True)
     groups = job["spec"]["rayClusterSpec"]
+    assert yaml.safe_load(configuration["data"]["sweep.yaml"])["name"] == "l1"
     for template in (groups["headGroupSpec"]["template"], groups["workerGroupSpecs"][0]["template"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}} | template
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
@@ -110,9 +116,9 @@ def test_the_rayjob_agrees_with_kuberays_schema() -> None:
 
 def test_a_cluster_that_grows_asks_for_nodes_and_one_that_does_not_has_no_autoscaler() -> None:
     head = rayjob()["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
-    assert {"name": "ORCHESTRATE_AUTOSCALING", "value": "1"} in head["env"]
+    assert {"name": "ORCHESTRATE_AUTOSCALING", "value": "32"} in head["env"]
     fixed = CLUSTER.model_copy(update={"workers": CLUSTER.workers.model_copy(update={"least": 8})})
-    cluster = KubeRayBackend(fixed).manifests("", "qk-x")[1]["spec"]["rayClusterSpec"]
+    cluster = KubeRayBackend(fixed).manifests(sweep(), "qk-x")[1]["spec"]["rayClusterSpec"]
     assert cluster["enableInTreeAutoscaling"] is False
     assert "ORCHESTRATE_AUTOSCALING" not in json.dumps(cluster)
 

@@ -6,12 +6,15 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cluster.config import SlurmCluster
 from orchestrator.cluster.job import Job, JobRecord
 from orchestrator.cluster.slurm import SlurmBackend
+from orchestrator.config import load_sweep
+
+SWEEP = load_sweep(Path(__file__).parents[3] / "sweeps" / "l1.yaml")
 
 
 def script(folder: str = "/runs/jobs/l1-1", **keys: object) -> str:
@@ -24,7 +27,7 @@ def script(folder: str = "/runs/jobs/l1-1", **keys: object) -> str:
         working_directory="/home/me",
         submitted=datetime.now().astimezone(),
     )
-    return SlurmBackend(cluster).script(Job(Path(folder), record), "name: l1\n")
+    return SlurmBackend(cluster).script(Job(Path(folder), record), SWEEP)
 
 
 def options(text: str) -> set[str]:
@@ -67,6 +70,7 @@ def test_what_is_not_said_is_left_to_slurm() -> None:
     )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=40))
 def test_a_value_of_the_environment_arrives_as_it_is(value: str) -> None:
     text = script(environment={"SOMETHING": value})
