@@ -39,6 +39,7 @@ from orchestrator.tracking_store import (
     tracking_address,
     unavailable,
 )
+from orchestrator.trained_dictionary import load_trained
 from orchestrator.version_facts import description, provenance
 from qkmodel.dictionary import FILES, PAIRS_FILE, Dictionary, DictionaryConfig, files_of
 from qkmodel.dictionary import load_dictionary as load_folder
@@ -89,10 +90,7 @@ def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Seque
     """
     address, artifact_root = tracking_address(tracking, storage)
     folders = [ledger.folder / choice.training.dictionary for choice in choices]
-    configs = [
-        load_folder(folder, choice.training.dictionary_sha256).config
-        for folder, choice in zip(folders, choices, strict=True)
-    ]
+    configs = [load_trained(ledger, choice.training).config for choice in choices]
     # against another `choose` on this machine: both would find no version and make one
     with _answered_in_one_line(address), exclusive(storage / LOCK_FILE, lambda holder: None):
         client = _connect(address)

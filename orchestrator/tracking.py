@@ -36,6 +36,7 @@ from orchestrator.tracking_store import (
     unavailable,
 )
 from orchestrator.tracking_summary import SweepSummary
+from orchestrator.trained_dictionary import way_to_train_anew
 from orchestrator.versions import GIT_DIFF_FILE
 from qkmodel.files import exclusive
 
@@ -68,7 +69,7 @@ class Tracker:
 
         `ended` ends the parent run: FINISHED, or KILLED when the sweep was interrupted.
         Raises TrackingUnavailable; what had arrived by then is not sent again. So it does, after all else was
-        delivered, when a dictionary that belongs there is gone.
+        delivered, when a dictionary that belongs there is gone or damaged.
         """
         # whatever cuts this delivery off: the next one looks everything up anew
         client, self._client = self._client, None
@@ -79,11 +80,9 @@ class Tracker:
             raise unavailable(self._uri, error) from error
         self._client = client
         if lost:
-            others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-            raise TrackingUnavailable(
-                f"{lost[0].label}{others}: its dictionary {self._ledger.folder / lost[0].dictionary} is gone; "
-                "start the sweep again, which trains it anew"
-            )
+            (training, damage), others = lost[0], f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            folder = self._ledger.folder / training.dictionary
+            raise TrackingUnavailable(f"{training.label}{others}: {damage}; {way_to_train_anew(folder)}")
 
     def _connect(self) -> MlflowClient:
         """Find or create the experiment and the parent run, and find the children there are."""
@@ -135,8 +134,8 @@ class Tracker:
                     client.delete_run(run_id)
         return runs
 
-    def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> list[Training]:
-        """The trainings whose dictionary is to be sent and gone."""
+    def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> list[tuple[Training, str]]:
+        """The trainings whose dictionary is to be sent and gone or damaged, and how."""
         trainings = self._ledger.trainings()
         mark = complete_mark(self._ledger, trainings, ended or "RUNNING")
         notes = self._ledger.delivered()
@@ -156,8 +155,8 @@ class Tracker:
 
     def _deliver_trainings(
         self, client: MlflowClient, trainings: Sequence[Training], notes: dict[str, dict[str, str]]
-    ) -> list[Training]:
-        """Those whose dictionary is to be sent and gone."""
+    ) -> list[tuple[Training, str]]:
+        """Those whose dictionary is to be sent and gone or damaged, and how."""
         studies = {study.study_id: study for study in self._ledger.studies()}
         members: set[str] = set()
         for study_id in studies:
@@ -171,8 +170,9 @@ class Tracker:
             if TRAINING not in notes.get(run_id, {}):
                 self._ledger.note_delivered(run_id, TRAINING, training.training_id)
             run = TrainingRun(client, self._ledger, run_id, notes.get(run_id, {}))
-            if not run.deliver(studies[training.study_id], training, is_member=training.training_id in members):
-                lost.append(training)
+            damage = run.deliver(studies[training.study_id], training, is_member=training.training_id in members)
+            if damage is not None:
+                lost.append((training, damage))
         return lost
 
     def _create_run(self, client: MlflowClient, training: Training) -> str:

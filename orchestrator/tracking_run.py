@@ -12,6 +12,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import HEAD_PREFIXES, Study, Training
 from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_there, status_mark
 from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable
+from qkmodel.dictionary import find_damage
 
 # MLflow's own limits for one batch
 MAX_METRICS, MAX_PARAMS = 1000, 100
@@ -27,10 +28,10 @@ class TrainingRun:
         self._run_id = run_id
         self._notes = notes
 
-    def deliver(self, study: Study, training: Training, is_member: bool) -> bool:
+    def deliver(self, study: Study, training: Training, is_member: bool) -> str | None:
         """Deliver what the run does not hold yet; `is_member` says whether the training is on its study's front.
 
-        False where its dictionary belongs there and is gone.
+        Where its dictionary belongs there and is gone or damaged, the answer says so in words.
         """
         if "params" not in self._notes:
             self._deliver_params(study, training)
@@ -38,8 +39,7 @@ class TrainingRun:
             self._deliver_reports(training)
             self._deliver_state(training)
         self._deliver_membership(is_member)
-        is_owed = is_member and self._notes.get("dictionary") != training.dictionary_sha256
-        return not is_owed or self._deliver_dictionary(training)
+        return self._deliver_dictionary(training) if is_member else None
 
     def _note(self, item: str, value: str) -> None:
         self._ledger.note_delivered(self._run_id, item, value)
@@ -100,13 +100,17 @@ class TrainingRun:
             self._client.set_terminated(self._run_id, status, ended)
         self._note(STATUS, mark)
 
-    def _deliver_dictionary(self, training: Training) -> bool:
+    def _deliver_dictionary(self, training: Training) -> str | None:
+        # what is trained anew has the same hash and lies elsewhere, and what MLflow has may be why it was
+        mark = f"{training.dictionary} {training.dictionary_sha256}"
+        if self._notes.get("dictionary") == mark:
+            return None
         path = self._ledger.folder / training.dictionary
-        if not path.is_dir():
-            return False
-        self._client.log_artifacts(self._run_id, path, "dictionary")
-        self._note("dictionary", training.dictionary_sha256)
-        return True
+        damage = find_damage(path, training.dictionary_sha256)
+        if damage is None:
+            self._client.log_artifacts(self._run_id, path, "dictionary")
+            self._note("dictionary", mark)
+        return damage
 
     def _deliver_membership(self, is_member: bool) -> None:
         mark = "true" if is_member else "false"

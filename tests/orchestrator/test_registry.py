@@ -1,6 +1,7 @@
 """Dictionaries into MLflow's registry and back, against a real database and a real server."""
 
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -202,8 +203,10 @@ def test_a_forgery_that_is_consistent_in_itself_is_refused(storage: Path, ledger
 
 def test_a_damaged_dictionary_is_not_registered(storage: Path) -> None:
     ledger = make_sweep(storage, fronts={4: {"eeee000000000004": (8.0, 0.2)}, 8: FRONT})
-    (ledger.folder / ledger.training(MIDDLE).dictionary / "attention.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"attention\.safetensors: hash differs"):
+    place = ledger.folder / ledger.training(MIDDLE).dictionary
+    (place / "attention.safetensors").write_bytes(b"")
+    way = f"; delete {re.escape(str(place))} and start the sweep again, which trains it anew$"
+    with pytest.raises(InputError, match=rf"attention\.safetensors: hash differs.*{way}"):
         register(None, storage, ledger, apply_rule(study_statuses(ledger), parse_rule("knee")))
     assert list(client_of(storage).search_registered_models()) == []
     assert not (storage / "mlflow-artifacts").exists()

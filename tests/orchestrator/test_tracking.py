@@ -25,6 +25,7 @@ from orchestrator.tracking_summary import DESCRIPTION_TAG
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
 from tests.orchestrator.tracking_world import (
+    DICTIONARY_FILES,
     IDENTITY,
     REFERENCE,
     artifacts,
@@ -62,7 +63,7 @@ def test_mlflow_shows_what_the_ledger_holds(storage: Path, ledger: Ledger) -> No
     assert history(storage, child, "kl") == [(1000, 0.1)]
     assert child.data.tags["pareto"] == "true"
     assert child.data.tags["state"] == "finished"
-    assert artifacts(storage, child, "dictionary") == {"dictionary/weights.safetensors"}
+    assert artifacts(storage, child, "dictionary") == DICTIONARY_FILES
     assert (parent.info.run_name, parent.info.status) == ("l1", "RUNNING")
     assert parent.data.tags["mlflow.source.git.commit"] == "abc123"
     assert artifacts(storage, parent, "fronts") == {"fronts/L08.png", "fronts/L08.html", "fronts/L08.json"}
@@ -120,7 +121,7 @@ def test_a_training_that_leaves_the_front_loses_its_tag(storage: Path, ledger: L
     tracker.deliver()
     parent, children = runs(storage)
     assert {name for name, run in children.items() if "pareto" in run.data.tags} == {"better"}
-    assert artifacts(storage, children["better"], "dictionary") == {"dictionary/weights.safetensors"}
+    assert artifacts(storage, children["better"], "dictionary") == DICTIONARY_FILES
     assert artifacts(storage, children["collapsed"], "dictionary") == set()
     assert [row["id"] for row in front_table(storage, parent)] == ["better"]
 
@@ -415,8 +416,8 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
         (child,) = [run for run in found if "qk.training_id" in run.data.tags]
         points = client.get_metric_history(child.info.run_id, "loss")
         assert [(point.step, point.value) for point in points] == [(100, 1.0), (200, 0.5)]
-        weights = client.download_artifacts(child.info.run_id, "dictionary/weights.safetensors", str(tmp_path))
-        assert Path(weights).read_text() == "one 1"
+        weights = client.download_artifacts(child.info.run_id, "dictionary/transcoder.safetensors", str(tmp_path))
+        assert Path(weights).read_text() == "one 0.1"
 
 
 def test_the_parent_says_what_was_found_and_what_failed(storage: Path, ledger: Ledger) -> None:
@@ -462,8 +463,7 @@ def test_the_parent_links_to_each_front_in_order(storage: Path, ledger: Ledger) 
 
 def test_metrics_of_heads_are_a_section_of_their_own(storage: Path, ledger: Ledger) -> None:
     start(ledger, "one")
-    (ledger.folder / "dictionaries" / "one").mkdir(parents=True)
-    ledger.finish("one", {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "kl_head_00": 0.2}, "dictionaries/one", "aa" * 32)
+    finish(ledger, "one", l0=4.0, kl=0.1, kl_head_00=0.2)
     Tracker(None, storage, ledger).deliver()
     assert runs(storage)[1]["one"].data.metrics == {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "heads/kl_head_00": 0.2}
 

@@ -1,6 +1,7 @@
 """What MLflow holds after results, files or MLflow itself have changed behind its back, and what is owed then."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,16 @@ from orchestrator.starts import Lease
 from orchestrator.tracking import NO_GIT_DIFF, Tracker
 from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
-from tests.orchestrator.tracking_world import artifacts, client_of, finish, front_table, history, runs, start
+from tests.orchestrator.tracking_world import (
+    DICTIONARY_FILES,
+    artifacts,
+    client_of,
+    finish,
+    front_table,
+    history,
+    runs,
+    start,
+)
 
 
 def text_of(storage: Path, run_id: str, path: str) -> str:
@@ -37,9 +47,12 @@ def test_a_result_that_is_trained_anew_replaces_the_former(storage: Path, ledger
     tracker.deliver("FINISHED")
     parent, children = runs(storage)
     child = children["one"]
-    assert (child.info.status, child.data.tags["qk.dictionary_sha256"]) == ("FINISHED", "2" * 64)
+    assert (child.info.status, child.data.tags["qk.dictionary_sha256"]) == (
+        "FINISHED",
+        ledger.training("one").dictionary_sha256,
+    )
     assert (child.data.metrics["kl"], child.data.tags["pareto"]) == (0.2, "true")
-    assert text_of(storage, child.info.run_id, "dictionary/weights.safetensors") == "one 2"
+    assert text_of(storage, child.info.run_id, "dictionary/transcoder.safetensors") == "one 0.2"
     assert [(row["kl"], row["l0"]) for row in front_table(storage, parent)] == [(0.2, 8.0)]
     assert parent.data.metrics["hypervolume_L08"] == history(storage, parent, "hypervolume_L08")[-1][1]
     assert len(history(storage, parent, "hypervolume_L08")) == 2
@@ -47,19 +60,72 @@ def test_a_result_that_is_trained_anew_replaces_the_former(storage: Path, ledger
 
 def test_a_dictionary_that_is_gone_is_said_and_holds_up_nothing_else(storage: Path, ledger: Ledger) -> None:
     start(ledger, "one")
-    ledger.finish("one", {"kl": 0.1, "l0": 16.0, "kl_recovered": 0.9}, "dictionaries/gone", "aa")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    place = ledger.folder / "dictionaries" / "one-1"
+    place.rename(storage / "away")
     tracker = Tracker(None, storage, ledger)
     for _ in range(2):
-        with pytest.raises(TrackingUnavailable, match="dictionaries/gone is gone; start the sweep again"):
+        with pytest.raises(
+            TrackingUnavailable, match=r"one-1/\S+ is gone; start the sweep again, which trains it anew"
+        ):
             tracker.deliver("FINISHED")
     parent, children = runs(storage)
     assert (parent.info.status, children["one"].data.tags["pareto"]) == ("FINISHED", "true")
     assert owed(ledger) == Owed(0, 0, anything=True)
-    (ledger.folder / "dictionaries" / "gone").mkdir(parents=True)
-    (ledger.folder / "dictionaries" / "gone" / "config.json").write_text("found again")
+    (storage / "away").rename(place)
     tracker.deliver("FINISHED")
-    assert artifacts(storage, children["one"], "dictionary") == {"dictionary/config.json"}
+    assert artifacts(storage, children["one"], "dictionary") == DICTIONARY_FILES
     assert owed(ledger) == Owed(0, 0, anything=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("transcoder.safetensors", "one 0.2", "is damaged or was changed"),
+        ("attention.safetensors", "", "is damaged or was changed"),
+        ("config.json", "{}", "is not the one that was recorded"),
+        ("attention.safetensors", None, "is gone"),
+    ],
+)
+def test_a_damaged_dictionary_is_not_sent_and_one_trained_anew_is(
+    storage: Path, ledger: Ledger, file: str, content: str | None, words: str
+) -> None:
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    place, tracker = ledger.folder / "dictionaries" / "one-1", Tracker(None, storage, ledger)
+    (place / file).unlink()
+    if content is not None:
+        (place / file).write_text(content)
+    way = f"delete {place} and start the sweep again, which trains it anew"
+    for _ in range(2):
+        with pytest.raises(TrackingUnavailable, match=f"{re.escape(str(place / file))} {words}; {re.escape(way)}$"):
+            tracker.deliver("FINISHED")
+    child = runs(storage)[1]["one"]
+    assert artifacts(storage, child, "dictionary") == set()
+    assert owed(ledger) == Owed(0, 0, anything=True)
+    ledger.discard_result("one", "its dictionary is gone")
+    ledger.start("one", "pack-1", {})
+    finish(ledger, "one", l0=16.0, kl=0.1, attempt=2)
+    tracker.deliver("FINISHED")
+    assert text_of(storage, child.info.run_id, "dictionary/transcoder.safetensors") == "one 0.1"
+    assert artifacts(storage, child, "dictionary") == DICTIONARY_FILES
+    assert owed(ledger) == Owed(0, 0, anything=False)
+
+
+def test_what_is_trained_anew_to_the_same_hash_is_sent_whole(storage: Path, ledger: Ledger) -> None:
+    tracker = Tracker(None, storage, ledger)
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    tracker.deliver("FINISHED")
+    child, before = runs(storage)[1]["one"], ledger.training("one")
+    (there,) = storage.glob("mlflow-artifacts/**/transcoder.safetensors")
+    there.write_text("damaged in the store")
+    ledger.discard_result("one", "its dictionary is gone")
+    ledger.start("one", "pack-1", {})
+    finish(ledger, "one", l0=16.0, kl=0.1, attempt=2)
+    assert ledger.training("one").dictionary_sha256 == before.dictionary_sha256
+    tracker.deliver("FINISHED")
+    assert text_of(storage, child.info.run_id, "dictionary/transcoder.safetensors") == "one 0.1"
 
 
 def test_what_is_owed_is_known_without_asking_mlflow(storage: Path, ledger: Ledger) -> None:
