@@ -103,6 +103,7 @@ class Tracker:
             tags = {SWEEP_TAG: sweep.run_tag}
             run = client.create_run(self._experiment, milliseconds(sweep.created), tags, sweep.name)
             self._parent = run.info.run_id
+        self._adopt_orphans(client)
         self._runs = self._find_children(client)
         # of a store that was emptied, of another store, of runs that were deleted
         self._ledger.forget_delivered({self._parent, *self._runs.values()})
@@ -117,6 +118,23 @@ class Tracker:
 
     def _find_children(self, client: MlflowClient) -> dict[str, str]:
         return self._runs_by(client, TRAINING_TAG, f"tags.`{PARENT_TAG}` = '{self._parent}'")
+
+    def _adopt_orphans(self, client: MlflowClient) -> None:
+        """Puts trainings below the parent run whose former one was deleted: MLflow leaves them where they were."""
+        notes = self._ledger.delivered()
+        for run in list(_search(client, self._experiment, f"tags.`{PARENT_TAG}` != '{self._parent}'")):
+            is_noted = TRAINING in notes.get(run.info.run_id, {})
+            # another storage's sweep of this name may be in the same experiment
+            if TRAINING_TAG in run.data.tags and (is_noted or self._was_parent(client, run.data.tags[PARENT_TAG])):
+                client.set_tag(run.info.run_id, PARENT_TAG, self._parent)
+
+    def _was_parent(self, client: MlflowClient, run_id: str) -> bool:
+        try:
+            return client.get_run(run_id).data.tags.get(SWEEP_TAG) == self._ledger.sweep().run_tag
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def _runs_by(self, client: MlflowClient, tag: str, condition: str) -> dict[str, str]:
         """Values of a tag that is to be one run's alone, and that run's id: where several have it, all but one go."""

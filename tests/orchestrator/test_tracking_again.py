@@ -16,6 +16,8 @@ from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
 from tests.orchestrator.tracking_world import (
     DICTIONARY_FILES,
+    IDENTITY,
+    REFERENCE,
     artifacts,
     client_of,
     finish,
@@ -199,11 +201,50 @@ def test_what_another_store_held_is_no_longer_taken_for_delivered(storage: Path,
     with pytest.raises(TrackingUnavailable):
         Tracker(f"sqlite:///{storage}/nowhere/mlflow.db", storage, ledger).deliver("KILLED")
     before = ledger.delivered()
-    client_of(storage).delete_run(runs(storage)[0].info.run_id)
+    parent, children = runs(storage)
+    for run in (parent, *children.values()):
+        client_of(storage).delete_run(run.info.run_id)
     Tracker(None, storage, ledger).deliver()
     assert not before.keys() & ledger.delivered().keys()
     ledger.report("one", 500, {"loss": 0.9}, seconds=1.0)
     assert owed(ledger) == Owed(1, 1, anything=True)
+
+
+@pytest.mark.parametrize("left", ["notes", "deleted run"])
+def test_trainings_below_a_parent_that_was_deleted_go_below_the_new_one(
+    storage: Path, ledger: Ledger, left: str
+) -> None:
+    """And those of another storage's sweep stay where they are."""
+    for name, k in (("one", 16), ("two", 8)):
+        start(ledger, name, k=k)
+        ledger.report(name, 500, {"loss": 0.9}, seconds=1.0)
+        finish(ledger, name, l0=float(k), kl=1.0 / k)
+    other = Ledger(storage / "other" / "ledger.sqlite")
+    other.open_sweep("l1", {}, None, {})
+    other.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
+    other.set_reference("study", REFERENCE)
+    start(other, "one")
+    Tracker(None, storage, ledger).deliver("FINISHED")
+    Tracker(None, storage, other).deliver("KILLED")
+    client, notes = client_of(storage), ledger.delivered()
+    experiment = client.get_experiment_by_name("l1").experiment_id
+
+    def below(sweep: Ledger) -> dict[str, str]:
+        found = client.search_runs([experiment])
+        (parent,) = [run for run in found if run.data.tags.get("qk.sweep") == sweep.sweep().run_tag]
+        mine = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        return {run.info.run_id: run.data.tags["qk.training_id"] for run in mine}
+
+    before, others = below(ledger), below(other)
+    (parent,) = notes.keys() - before.keys()
+    client.delete_run(parent)
+    if left == "deleted run":
+        ledger.forget_delivered(())
+    Tracker(None, storage, ledger).deliver("FINISHED")
+    assert below(ledger) == before and below(other) == others
+    assert len(client.search_runs([experiment])) == 5
+    assert {run_id: notes[run_id] for run_id in before}.items() <= ledger.delivered().items()
+    assert [(point.step, point.value) for point in client.get_metric_history(min(before), "loss")] == [(500, 0.9)]
 
 
 def test_an_experiment_that_was_deleted_is_answered_with_the_way_out(storage: Path, ledger: Ledger) -> None:
