@@ -16,7 +16,7 @@ from typing import Any
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import LoggedModel, LoggedModelStatus, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -122,7 +122,7 @@ def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
         client = _connect(address)
         version = _look_up(client, address, reference, **found.groupdict())
         try:
-            return _download(client, address, version)
+            return _load_version(client, address, version)
         except InputError as error:
             raise InputError(f"{reference}: {error}") from error
 
@@ -188,9 +188,14 @@ def _refuse_prompt(client: MlflowClient, address: str, name: str) -> None:
         )
 
 
-def _download(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
-    """What a version holds. Raises InputError when its files are gone or are not those that were registered."""
+def _load_version(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
+    """What a version holds. Raises InputError as `_download` does."""
     source = client.get_model_version_download_uri(version.name, version.version)
+    return _download(address, source, version.tags[SHA256_TAG])
+
+
+def _download(address: str, source: str, sha256: str) -> Dictionary:
+    """The dictionary at `source`. Raises InputError when its files are gone or are not those that were registered."""
     # a download that fails does not tell a file that is gone from a store that does not answer
     there = {PurePosixPath(one.path).name for one in mlflow.artifacts.list_artifacts(source, tracking_uri=address)}
     if gone := [name for name in FILES if name not in there]:
@@ -199,7 +204,7 @@ def _download(client: MlflowClient, address: str, version: ModelVersion) -> Dict
         for name in (*FILES, *({PAIRS_FILE} & there)):
             mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
         try:
-            return load_folder(scratch, version.tags[SHA256_TAG])
+            return load_folder(scratch, sha256)
         except InputError as error:
             raise InputError(str(error).replace(f"{scratch}/", "")) from error
 
@@ -226,7 +231,7 @@ class _Registration:
     def _is_whole(self, version: ModelVersion) -> bool:
         """Whether the store still has what was registered: its files may have been deleted or changed there."""
         try:
-            _download(self._client, self._address, version)
+            _load_version(self._client, self._address, version)
         except InputError:
             return False
         return True
@@ -238,18 +243,21 @@ class _Registration:
         facts = provenance(self._sweep, choice, config)
         params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
         metrics = {key: value for key, value in without_heads(training.metrics).items() if value is not None}
-        # names of logged models hold no points
-        model = client.create_logged_model(self._experiment, name.replace(".", "-"), run_id, facts, params, MODEL_TYPE)
-        try:
-            for file in files_of(config):
-                client.log_model_artifact(model.model_id, str(folder / file))
-            if run_id is not None:
-                self._show_metrics(run_id, model.model_id, training, metrics)
-            client.finalize_logged_model(model.model_id, "READY")
-        except _ERRORS:
-            with suppress(*_ERRORS):
-                client.finalize_logged_model(model.model_id, "FAILED")
-            raise
+        model = self._earlier_model(training.dictionary_sha256)
+        if model is None:
+            # names of logged models hold no points
+            plain = name.replace(".", "-")
+            model = client.create_logged_model(self._experiment, plain, run_id, facts, params, MODEL_TYPE)
+            try:
+                for file in files_of(config):
+                    client.log_model_artifact(model.model_id, str(folder / file))
+                if run_id is not None:
+                    self._show_metrics(run_id, model.model_id, training, metrics)
+                client.finalize_logged_model(model.model_id, "READY")
+            except _ERRORS:
+                with suppress(*_ERRORS):
+                    client.finalize_logged_model(model.model_id, "FAILED")
+                raise
         _ensure_registered_model(client, name, choice.status.study)
         figures = {key: repr(value) for key, value in metrics.items()}
         tags = {key: facts[key] for key in _SHOWN_FACTS} | {key: figures[key] for key in _shown_metrics(training)}
@@ -261,6 +269,24 @@ class _Registration:
             # a database store would look a logged model up in the store that is this process's default
             made = client.create_model_version(name, model.artifact_location, run_id, tags, description=text)
         return made.version
+
+    def _earlier_model(self, sha256: str) -> LoggedModel | None:
+        """A whole logged model of a dictionary, for which a kill left no version; all others of it are deleted."""
+        condition = f"tags.`{SHA256_TAG}` = '{sha256}'"
+        whole = None
+        for model in self._client.search_logged_models([self._experiment], condition):
+            if whole is None and model.status == LoggedModelStatus.READY and self._has_files(model, sha256):
+                whole = model
+            else:
+                self._client.delete_logged_model(model.model_id)
+        return whole
+
+    def _has_files(self, model: LoggedModel, sha256: str) -> bool:
+        try:
+            _download(self._address, model.artifact_location, sha256)
+        except InputError:
+            return False
+        return True
 
     def _run_of(self, training: Training) -> str | None:
         """The training's run below this sweep's parent run: another storage's sweep may be in the same experiment."""

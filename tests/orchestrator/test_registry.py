@@ -224,6 +224,38 @@ def test_an_upload_that_fails_leaves_neither_version_nor_alias(storage: Path, le
     assert_same_dictionary(KNEE, ledger, MIDDLE)
 
 
+@pytest.mark.parametrize("cut", ["log_model_artifact", "finalize_logged_model", "create_model_version"])
+def test_choosing_that_was_cut_off_leaves_one_logged_model(
+    storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    Tracker(None, storage, ledger).deliver()
+
+    def end(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            # as a kill: nothing in its way catches it
+            patched.setattr(MlflowClient, cut, end)
+            choose(ledger)
+    assert choose(ledger) == Registered(NAME, "1", "knee", is_new=True, alias_was=None)
+    client = client_of(storage)
+    (model,) = client.search_logged_models([client.get_experiment_by_name("small").experiment_id])
+    version = client.get_model_version(NAME, "1")
+    assert str(model.status) == "READY" and version.source == model.artifact_location
+    assert_same_dictionary(KNEE, ledger, MIDDLE)
+
+
+def test_a_logged_model_without_its_files_is_not_taken_for_a_new_version(storage: Path, ledger: Ledger) -> None:
+    choose(ledger)
+    (uploaded(storage) / "transcoder.safetensors").write_bytes(b"changed")
+    client_of(storage).delete_model_version(NAME, "1")
+    assert choose(ledger).is_new
+    client = client_of(storage)
+    assert len(client.search_logged_models([client.get_experiment_by_name("small").experiment_id])) == 1
+    assert_same_dictionary(KNEE, ledger, MIDDLE)
+
+
 def counts(storage: Path) -> dict[str, int]:
     """Rows of MLflow's tables that choosing adds to."""
     names = ("experiments", "logged_models", "registered_models", "model_versions", "registered_model_aliases")
