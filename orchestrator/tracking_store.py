@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, inspect
 
-from orchestrator.addresses import redact_url
+from orchestrator.addresses import redact_url, sqlite_file
 from qkmodel.errors import InputError
 
 # by which runs, logged models and registered dictionaries are found
@@ -43,11 +43,11 @@ def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | No
     """(MLflow's tracking address, artifact root): the root is None where a server decides.
 
     Without `tracking` it is an SQLite file in `storage`. Raises InputError for an address of a kind that
-    MLflow cannot keep runs at.
+    MLflow cannot keep runs at, and a storage in which no address can name a file.
     """
     artifact_root = (storage.absolute() / "mlflow-artifacts").as_uri()
     if tracking is None:
-        return f"sqlite:///{storage.absolute() / 'mlflow.db'}", artifact_root
+        return _address_in(storage.absolute()), artifact_root
     scheme = tracking.partition("://")[0] if "://" in tracking else ""
     if scheme in ("http", "https"):
         return tracking, None
@@ -57,6 +57,18 @@ def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | No
         f"tracking: {redact_url(tracking)!r} is not an MLflow address; "
         "give http(s)://HOST:PORT of a server, sqlite:///PATH, or null for a file beside the sweeps"
     )
+
+
+def _address_in(storage: Path) -> str:
+    file = storage / "mlflow.db"
+    address = f"sqlite:///{file}"
+    # escaped, MLflow finds the file and makes folders elsewhere
+    if sqlite_file(address) != file:
+        raise InputError(
+            f"storage: {storage}: MLflow can keep no database in a folder with ? or % in its path; rename it, or give "
+            "tracking the address of a server"
+        )
+    return address
 
 
 def prepare_client() -> None:

@@ -384,6 +384,15 @@ def test_tracking_address(tracking: str | None, address: str, has_root: bool) ->
     assert tracking_address(tracking, Path("/store")) == (address, root)
 
 
+@pytest.mark.parametrize("name", ["what?", "what?a=b", "a%20b", "%3F"])
+def test_a_folder_whose_name_no_address_can_hold_is_refused(tmp_path: Path, name: str) -> None:
+    for storage in (tmp_path / name, tmp_path / name / "runs"):
+        with pytest.raises(InputError, match=f"^storage: {re.escape(str(storage))}: MLflow can keep no database"):
+            tracking_address(None, storage)
+    assert tracking_address("http://host", tmp_path / name) == ("http://host", None)
+    assert tracking_address(None, tmp_path / "50% #1;ü")[0] == f"sqlite:///{tmp_path}/50% #1;ü/mlflow.db"
+
+
 @pytest.mark.parametrize("tracking", ["mlruns", "/var/mlruns", "file:///mlruns", "ftp://me:pw@host/x", ""])
 def test_an_address_that_mlflow_cannot_use_is_refused(tracking: str) -> None:
     with pytest.raises(InputError, match="tracking") as caught:
