@@ -20,14 +20,13 @@ from mlflow.entities import LoggedModel, LoggedModelStatus, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.choice import Choice
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Study, SweepRecord, Training, without_heads
 from orchestrator.status import front_member
-from orchestrator.tracking_run import find_or_create_experiment, milliseconds
+from orchestrator.tracking_run import STORE_ERRORS, find_or_create_experiment, milliseconds, named
 from orchestrator.tracking_store import (
     LOCK_FILE,
     SHA256_TAG,
@@ -35,6 +34,7 @@ from orchestrator.tracking_store import (
     SWEEP_TAG,
     TRAINING_TAG,
     ask_database,
+    no_server,
     prepare_client,
     tracking_address,
     unavailable,
@@ -53,8 +53,9 @@ _SHOWN_FACTS = (SWEEP_TAG, STUDY_TAG, TRAINING_TAG, SHA256_TAG)
 
 # databases that keep versions in 32 bits fail on larger ones
 _REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d{1,9}))", re.ASCII)
+# a version that somebody made by hand may carry all tags
+_FOREIGN_SOURCES = ("http:", "https:", "runs:")
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
     InputError when there is no such dictionary or it is not the one that was registered, and TrackingUnavailable when
     MLflow cannot be reached.
     """
-    found = _REFERENCE.fullmatch(reference)
+    found = _REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
     if found is None:
-        raise InputError(f"{reference[:200]!r} names no dictionary; write models:/NAME@ALIAS or models:/NAME/VERSION")
+        shown = str(reference)[:200]
+        raise InputError(f"{shown!r} names no dictionary; write models:/NAME@ALIAS or models:/NAME/VERSION")
     address, _ = tracking_address(tracking or os.environ.get("MLFLOW_TRACKING_URI") or None, Path("runs"))
     try:
         file = sqlite_file(address)
@@ -160,7 +162,7 @@ def _connect(address: str) -> MlflowClient:
 def _answered_in_one_line(address: str) -> Iterator[None]:
     try:
         yield
-    except _ERRORS as error:
+    except STORE_ERRORS as error:
         raise unavailable(address, error) from error
 
 
@@ -175,6 +177,8 @@ def _look_up(
         raise InputError(
             f"{reference}: not in the registry of {redact_url(address)}; see orchestrate choose"
         ) from error
+    if found.name != name:
+        raise no_server(address)
     if SHA256_TAG not in found.tags:
         raise InputError(f"{reference}: was not registered by orchestrate choose: it has no tag {SHA256_TAG}")
     return found
@@ -189,7 +193,9 @@ def _refuse_prompt(client: MlflowClient, address: str, name: str) -> None:
 
 
 def _load_version(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
-    """What a version holds. Raises InputError as `_download` does."""
+    """What a version holds. Raises InputError as `_download` does, and for a source that `choose` does not give."""
+    if version.source.startswith(_FOREIGN_SOURCES):
+        raise InputError(f"was not registered by orchestrate choose: its source is {redact_url(version.source)}")
     source = client.get_model_version_download_uri(version.name, version.version)
     return _download(address, source, version.tags[SHA256_TAG])
 
@@ -248,14 +254,15 @@ class _Registration:
             # names of logged models hold no points
             plain = name.replace(".", "-")
             model = client.create_logged_model(self._experiment, plain, run_id, facts, params, MODEL_TYPE)
+            named(client, model.model_id)
             try:
                 for file in files_of(config):
                     client.log_model_artifact(model.model_id, str(folder / file))
                 if run_id is not None:
                     self._show_metrics(run_id, model.model_id, training, metrics)
                 client.finalize_logged_model(model.model_id, "READY")
-            except _ERRORS:
-                with suppress(*_ERRORS):
+            except STORE_ERRORS:
+                with suppress(*STORE_ERRORS):
                     client.finalize_logged_model(model.model_id, "FAILED")
                 raise
         _ensure_registered_model(client, name, choice.status.study)

@@ -14,7 +14,6 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
-from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
@@ -23,7 +22,13 @@ from orchestrator.pareto import front_trainings
 from orchestrator.report import REPORT_FILE
 from orchestrator.tracking_fronts import FrontArtifacts
 from orchestrator.tracking_notes import COMPLETE, TRAINING, EndStatus, complete_mark, file_mark, has_run
-from orchestrator.tracking_run import TrainingRun, find_or_create_experiment, milliseconds
+from orchestrator.tracking_run import (
+    STORE_ERRORS,
+    TrainingRun,
+    find_or_create_experiment,
+    milliseconds,
+    named,
+)
 from orchestrator.tracking_store import (
     LOCK_FILE,
     STUDY_TAG,
@@ -76,7 +81,7 @@ class Tracker:
         try:
             client = client or self._connect()
             lost = self._deliver(client, ended)
-        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        except STORE_ERRORS as error:
             raise unavailable(self._uri, error) from error
         self._client = client
         if lost:
@@ -102,7 +107,7 @@ class Tracker:
         if not self._parent:
             tags = {SWEEP_TAG: sweep.run_tag}
             run = client.create_run(self._experiment, milliseconds(sweep.created), tags, sweep.name)
-            self._parent = run.info.run_id
+            self._parent = named(client, run.info.run_id)
         self._adopt_orphans(client)
         self._runs = self._find_children(client)
         # of a store that was emptied, of another store, of runs that were deleted
@@ -202,7 +207,7 @@ class Tracker:
         }
         started = milliseconds(training.started or training.created)
         run = client.create_run(self._experiment, started, tags, training.label)
-        self._runs[training.training_id] = run.info.run_id
+        self._runs[training.training_id] = named(client, run.info.run_id)
         return run.info.run_id
 
     def _deliver_sweep(self, client: MlflowClient, notes: dict[str, str]) -> None:

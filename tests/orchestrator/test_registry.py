@@ -256,6 +256,19 @@ def test_a_logged_model_without_its_files_is_not_taken_for_a_new_version(storage
     assert_same_dictionary(KNEE, ledger, MIDDLE)
 
 
+@pytest.mark.parametrize("source", ["http://127.0.0.1:1/x", "https://host/a/b", "runs:/abc/x"])
+def test_a_version_with_a_foreign_source_is_not_taken_for_a_whole_one(
+    storage: Path, ledger: Ledger, source: str
+) -> None:
+    client = client_of(storage)
+    client.create_registered_model(NAME)
+    client.create_model_version(NAME, source, tags={SHA256_TAG: ledger.training(MIDDLE).dictionary_sha256})
+    with pytest.raises(InputError, match=f"^models:/{NAME}/1: was not registered by orchestrate choose: its source is"):
+        load_dictionary(f"models:/{NAME}/1")
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=True, alias_was=None)
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=False, alias_was="2")
+
+
 def counts(storage: Path) -> dict[str, int]:
     """Rows of MLflow's tables that choosing adds to."""
     names = ("experiments", "logged_models", "registered_models", "model_versions", "registered_model_aliases")
@@ -310,6 +323,8 @@ def test_a_version_belongs_to_the_run_of_its_own_storage(
         (f"models:/{NAME}@knee/../..", "names no dictionary"),
         (f"models:/{NAME}/latest", "names no dictionary"),
         ("runs:/abc/dictionary", "names no dictionary"),
+        (None, "names no dictionary"),
+        (5, "names no dictionary"),
     ],
 )
 def test_a_name_that_stands_for_nothing_is_one_line(storage: Path, ledger: Ledger, reference: str, words: str) -> None:
@@ -335,7 +350,7 @@ def test_the_store_is_the_one_given_or_that_of_the_environment_or_runs_here(
     assert load_dictionary(KNEE).config.training_id == MIDDLE
     with pytest.raises(InputError, match=r"none\.db: no tracking store"):
         load_dictionary(KNEE, "sqlite:///none.db")
-    for address in ("file:///mlruns", "sqlite://"):
+    for address in ("file:///mlruns", "sqlite://", 5, storage / "mlflow.db"):
         with pytest.raises(InputError, match="tracking"):
             load_dictionary(KNEE, address)
 

@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -293,6 +294,7 @@ def test_two_sweeps_that_start_together_in_a_new_storage_both_arrive(tmp_path: P
     script = """
 import sys
 from pathlib import Path
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -331,6 +333,7 @@ def test_a_kill_in_the_middle_of_a_delivery_leaves_no_duplicates(
         finish(ledger, f"t{number}", l0=number + 1.0, kl=0.5 / (number + 1))
     script = f"""
 from pathlib import Path
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -355,6 +358,7 @@ Tracker(None, storage, Ledger.open_existing(storage / "l1" / "ledger.sqlite")).d
 def test_the_first_delivery_to_a_new_database_prints_nothing(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -382,6 +386,27 @@ Tracker(None, storage, ledger).deliver("FINISHED")
 def test_tracking_address(tracking: str | None, address: str, has_root: bool) -> None:
     root = "file:///store/mlflow-artifacts" if has_root else None
     assert tracking_address(tracking, Path("/store")) == (address, root)
+
+
+@pytest.mark.parametrize(
+    "tracking",
+    [
+        "http://[::1",
+        "postgresql://h:port/x",
+        "http://a..b",
+        "http://:5000",
+        "https://me:pw@host:99999",
+        "sqlite://[x/y.db",
+    ],
+)
+def test_an_address_that_cannot_be_taken_apart_is_refused(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = "models:/qk.smollm2-135m.L08@knee"
+    for attempt in (lambda: tracking_address(tracking, Path("/store")), lambda: load_dictionary(reference, tracking)):
+        with pytest.raises(InputError, match=r"^tracking: host and port cannot be read; in a password write /"):
+            attempt()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
+    with pytest.raises(InputError, match=r"^tracking: host and port cannot be read"):
+        load_dictionary(reference)
 
 
 @pytest.mark.parametrize("name", ["what?", "what?a=b", "a%20b", "%3F"])
