@@ -229,8 +229,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         except ValidationError as error:
             raise InputError(f"{path}: {explain(error, composed, SweepConfig)}") from None
     except InputError as error:
-        raise InputError(_one_line(redact_url(str(error)))) from None
+        raise InputError(one_line(redact_url(str(error)))) from None
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """`text` with what would begin a line, or shows as nothing, as Python escapes it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

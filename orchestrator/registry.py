@@ -41,7 +41,7 @@ from orchestrator.tracking_store import (
 )
 from orchestrator.trained_dictionary import load_trained
 from orchestrator.version_facts import description, provenance
-from qkmodel.dictionary import FILES, PAIRS_FILE, Dictionary, DictionaryConfig, files_of
+from qkmodel.dictionary import CONFIG_FILE, Dictionary, DictionaryConfig, files_of, read_dictionary_config
 from qkmodel.dictionary import load_dictionary as load_folder
 from qkmodel.errors import InputError
 from qkmodel.files import exclusive
@@ -204,12 +204,19 @@ def _download(address: str, source: str, sha256: str) -> Dictionary:
     """The dictionary at `source`. Raises InputError when its files are gone or are not those that were registered."""
     # a download that fails does not tell a file that is gone from a store that does not answer
     there = {PurePosixPath(one.path).name for one in mlflow.artifacts.list_artifacts(source, tracking_uri=address)}
-    if gone := [name for name in FILES if name not in there]:
-        raise InputError(f"{gone[0]} is gone from {redact_url(source)}; orchestrate choose registers it anew")
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (*FILES, *({PAIRS_FILE} & there)):
-            mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+
+        def fetch(names: Sequence[str]) -> None:
+            if gone := [name for name in names if name not in there]:
+                raise InputError(f"{gone[0]} is gone from {redact_url(source)}; orchestrate choose registers it anew")
+            for name in names:
+                mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+
         try:
+            fetch([CONFIG_FILE])
+            # which says what others there are
+            config, _ = read_dictionary_config(Path(scratch), sha256)
+            fetch([name for name in files_of(config) if name != CONFIG_FILE])
             return load_folder(scratch, sha256)
         except InputError as error:
             raise InputError(str(error).replace(f"{scratch}/", "")) from error
