@@ -2,9 +2,12 @@
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
+
+from qkmodel.errors import InputError
 
 HIDDEN = "***"
 
@@ -35,6 +38,20 @@ def sqlite_file(address: str) -> Path | None:
     if url is None or url.host or not url.database or url.database == ":memory:":
         raise ValueError("names no file; write sqlite:///FILE.db, or sqlite:////FOLDER/FILE.db for a whole path")
     return Path(url.database)
+
+
+def require_readable(address: str) -> None:
+    """Raises InputError for the address of a server or database whose host and port cannot be taken out of it."""
+    try:
+        parts = urlsplit(address)
+        # brackets, ports and names that Python does not take
+        _, host = parts.port, (parts.hostname or "").encode("idna")
+        is_readable = bool(host) or parts.scheme not in ("http", "https")
+    except ValueError:
+        is_readable = False
+    if not is_readable:
+        # the value is not shown: what cannot be taken apart cannot be redacted either
+        raise InputError("tracking: host and port cannot be read; in a password write / as %2F, ? as %3F, # as %23")
 
 
 def _hidden(user: str | None, colon: str | None) -> str:

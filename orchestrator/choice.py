@@ -143,12 +143,14 @@ def _choose_training(statuses: Sequence[StudyStatus], rule: TrainingRule, layer:
     exact = [pair for pair in pairs if pair[1].training_id == wanted]
     if len(exact or pairs) != 1:
         problem = f"{len(pairs)} trainings begin with {wanted}" if pairs else f"the sweep has no training {wanted}"
-        raise InputError(f"training: {problem}; orchestrate fronts --json lists ids")
+        raise InputError(f"--rule: {problem}; orchestrate fronts --json lists ids")
     ((status, training),) = exact or pairs
     if layer not in (None, training.layer):
         raise InputError(f"--layer: training {training.training_id} is of layer {training.layer}, not {layer}")
     if training.state != "finished":
-        raise InputError(f"training: {training.training_id} is {training.state}; only finished ones have a dictionary")
+        raise InputError(
+            f"--rule: training {training.training_id} is {training.state}; only finished ones have a dictionary"
+        )
     return Choice(status, training, f"training-{training.training_id[:_DIGITS_OF_ID]}")
 
 

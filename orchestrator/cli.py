@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
 from orchestrator.cli_output import JsonOption, console, messages, naming, print_json, print_plan
 from orchestrator.cluster.cli import cluster_commands
-from orchestrator.config import SweepConfig, load_sweep
+from orchestrator.config import SweepConfig, load_sweep, one_line
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import fronts_record, status_record, study_statuses
@@ -205,16 +205,15 @@ def ui(
     """Open the MLflow UI on a sweep's tracking store; Ctrl-C closes it."""
     from orchestrator.web_pages import mlflow_command, mlflow_environment, require_free, serve
 
-    commands = []
+    commands, announced = [], []
     address = _tracking_address(sweep)
     if address.startswith("http"):
-        server = redact_url(address)
-        messages.print(f"this sweep is tracked by the MLflow server at {server}", markup=False, soft_wrap=True)
+        announced.append(f"this sweep is tracked by the MLflow server at {redact_url(address)}")
     else:
         require_free(port)
         commands.append(mlflow_command(port))
-        messages.print(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
-        messages.print("sweeps are under its *Model training*, upper left, and there under *Experiments*", markup=False)
+        announced.append(f"MLflow UI: http://127.0.0.1:{port} (ready in a few seconds; Ctrl-C closes it)")
+        announced.append("sweeps are under its *Model training*, upper left, and there under *Experiments*")
     if dashboard:
         from orchestrator.dashboard import dashboard_command, export_studies
 
@@ -222,7 +221,10 @@ def ui(
             raise InputError("--dashboard: shows one sweep's studies; give it: orchestrate ui SWEEP --dashboard")
         require_free(port + 1)
         commands.append(dashboard_command(export_studies(_open_ledger(sweep)), port + 1))
-        messages.print(f"optuna-dashboard: http://127.0.0.1:{port + 1}")
+        announced.append(f"optuna-dashboard: http://127.0.0.1:{port + 1}")
+    # nothing is said to be there before all that may be refused was looked at
+    for line in announced:
+        messages.print(line, markup=False, soft_wrap=True)
     if commands and not serve(commands, mlflow_environment(address)):
         raise typer.Exit(1)
 
@@ -328,7 +330,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say_error(line: str) -> None:
-    messages.print(f"error: {line}", markup=False, highlight=False, soft_wrap=True)
+    messages.print(f"error: {one_line(line)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: bool) -> None:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -14,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.addresses import redact_url, sqlite_file
+from orchestrator.addresses import redact_url, require_readable, sqlite_file
 from orchestrator.composition import compose_sweep
 from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig, rung_steps
 from orchestrator.task_checks import check_task
@@ -149,13 +148,7 @@ class SweepConfig(Schema):
         if not _TRACKING.fullmatch(tracking):
             raise ValueError("must be an MLflow address such as http://localhost:5000 or sqlite:///mlflow.db")
         sqlite_file(tracking)
-        try:
-            _ = urlsplit(tracking).port
-        except ValueError:
-            # the value is not shown: what cannot be taken apart cannot be redacted either
-            raise InputError(
-                "tracking: host and port cannot be read; in a password write / as %2F, ? as %3F, # as %23"
-            ) from None
+        require_readable(tracking)
         return tracking
 
     @field_validator("storage")
@@ -236,8 +229,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         except ValidationError as error:
             raise InputError(f"{path}: {explain(error, composed, SweepConfig)}") from None
     except InputError as error:
-        raise InputError(_one_line(redact_url(str(error)))) from None
+        raise InputError(one_line(redact_url(str(error)))) from None
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """`text` with what would begin a line, or shows as nothing, as Python escapes it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

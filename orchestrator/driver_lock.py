@@ -9,15 +9,23 @@ from qkmodel.files import exclusive
 LOCK_FILE = "lock"
 
 
+class AtWork(InputError):
+    """A driver, `who`, is at work on the sweep in a folder."""
+
+    def __init__(self, who: str, folder: Path) -> None:
+        super().__init__(
+            f"name: {who} is at work on the sweep in {folder}; wait for it or end it, or choose another name"
+        )
+        self.who = who
+
+
 def only_driver(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Holds the sweep in `folder` against other drivers; workers that a dead one left behind do not hold it.
 
-    Raises InputError when another process holds it.
+    Raises AtWork when another process holds it.
     """
 
     def refuse(holder: str) -> None:
-        raise InputError(
-            f"name: process {holder} is at work on the sweep in {folder}; wait for it or end it, or choose another name"
-        )
+        raise AtWork(f"process {holder}", folder)
 
     return exclusive(folder / LOCK_FILE, refuse)

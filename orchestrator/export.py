@@ -5,7 +5,8 @@ from pathlib import Path
 from orchestrator.choice import Choice
 from orchestrator.ledger import Ledger
 from orchestrator.model_card import model_card
-from qkmodel.dictionary import files_of, load_dictionary
+from orchestrator.trained_dictionary import load_trained
+from qkmodel.dictionary import files_of
 from qkmodel.files import new_folder, write_atomically
 
 CARD_FILE = "README.md"
@@ -18,7 +19,7 @@ def export_dictionary(ledger: Ledger, choice: Choice, output: Path) -> None:
     records, and OSError when the disk cannot take it.
     """
     dictionary = ledger.folder / choice.training.dictionary
-    config = load_dictionary(dictionary, choice.training.dictionary_sha256).config
+    config = load_trained(ledger, choice.training).config
     with new_folder(output) as partial:
         for name in files_of(config):
             write_atomically(partial / name, (dictionary / name).read_bytes())

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from orchestrator.driver_lock import only_driver
+from orchestrator.driver_lock import AtWork, only_driver
 from orchestrator.ledger import Ledger
 from orchestrator.starts import refuse_beside_living_driver
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import end_status
+from qkmodel.errors import InputError
 
 
 def deliver_late(ledger: Ledger, tracking: str | None, storage: Path) -> str:
@@ -14,8 +15,13 @@ def deliver_late(ledger: Ledger, tracking: str | None, storage: Path) -> str:
 
     Raises InputError while a driver is at work on the sweep, which delivers itself; TrackingUnavailable.
     """
-    with only_driver(ledger.folder):
-        refuse_beside_living_driver(ledger)
-        tracker = Tracker(tracking, storage, ledger)
-        tracker.deliver(end_status(ledger))
-        return tracker.address
+    try:
+        with only_driver(ledger.folder):
+            refuse_beside_living_driver(ledger)
+            tracker = Tracker(tracking, storage, ledger)
+            tracker.deliver(end_status(ledger))
+            return tracker.address
+    except AtWork as error:
+        raise InputError(
+            f"{error.who} is at work on the sweep in {ledger.folder} and delivers by itself; wait for it or end it"
+        ) from error

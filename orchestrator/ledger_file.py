@@ -1,6 +1,7 @@
 """The ledger's file: SQLite, its format, what makes a commit last, and transactions."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,8 +132,7 @@ def _open_if_there(path: Path) -> Engine | None:
 
 def _connect(path: Path) -> tuple[Engine, int]:
     """The database and its format, 0 for one whose tables are not all there yet."""
-    url = URL.create("sqlite", database=str(path.absolute()))
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+    engine = create_engine(_url(path.absolute()), connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
     event.listen(engine, "connect", _set_pragmas)
     try:
         with engine.connect() as connection:
@@ -145,6 +145,17 @@ def _connect(path: Path) -> tuple[Engine, int]:
             "use the version that wrote it, or another sweep name"
         )
     return engine, version
+
+
+def _url(path: Path) -> URL:
+    """Where nothing may be written beside the file, one by which SQLite reads it without."""
+    if not path.is_file() or os.access(path.parent, os.W_OK):
+        return URL.create("sqlite", database=str(path))
+    log = path.with_name(f"{path.name}-wal")
+    # `immutable` reads the file alone: commits that a kill or a living driver has left beside it would be missed
+    is_alone = not log.is_file() or log.stat().st_size == 0
+    query = {"uri": "true", "mode": "ro", **({"immutable": "1"} if is_alone else {})}
+    return URL.create("sqlite", database=path.as_uri(), query=query)
 
 
 def _set_pragmas(connection: Any, record: Any) -> None:

@@ -258,7 +258,7 @@ def make_plan(
     model = describe_model(config.model)
     check_model(config, model)
     check_resources(config)
-    check_tracking(config.tracking)
+    check_tracking(config.tracking, storage_folder(config))
     check_cluster()
     corpus = describe_corpus(config.corpus)
     ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)

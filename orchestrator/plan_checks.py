@@ -11,6 +11,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from orchestrator.addresses import redact_url
 from orchestrator.config import SweepConfig
+from orchestrator.tracking_store import tracking_address
 from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription
 
@@ -75,16 +76,17 @@ def check_resources(config: SweepConfig) -> None:
                 raise InputError(f"resources.{key}.{kind}: {count:g} is more than this machine has; at most {there}")
 
 
-def check_tracking(tracking: str | None) -> None:
+def check_tracking(tracking: str | None, storage: Path) -> None:
     """Refuses a database that no installed package can talk to: it would be found out when all is trained."""
-    if tracking is None or tracking.startswith("http"):
+    address, _ = tracking_address(tracking, storage)
+    if address.startswith("http"):
         return
     try:
-        make_url(tracking).get_dialect().import_dbapi()
+        make_url(address).get_dialect().import_dbapi()
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         reason = redact_url(str(error).splitlines()[0])
         raise InputError(
-            f"tracking: {redact_url(tracking)} needs a database driver that is not installed ({reason}); "
+            f"tracking: {redact_url(address)} needs a database driver that is not installed ({reason}); "
             "install it, or write sqlite:///FILE.db or http://HOST:PORT"
         ) from error
 

@@ -16,18 +16,17 @@ from typing import Any
 
 import mlflow.artifacts
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import LoggedModel, LoggedModelStatus, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.choice import Choice
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Study, SweepRecord, Training, without_heads
 from orchestrator.status import front_member
-from orchestrator.tracking_run import find_or_create_experiment, milliseconds
+from orchestrator.tracking_run import STORE_ERRORS, find_or_create_experiment, milliseconds, named
 from orchestrator.tracking_store import (
     LOCK_FILE,
     SHA256_TAG,
@@ -35,12 +34,14 @@ from orchestrator.tracking_store import (
     SWEEP_TAG,
     TRAINING_TAG,
     ask_database,
+    no_server,
     prepare_client,
     tracking_address,
     unavailable,
 )
+from orchestrator.trained_dictionary import load_trained
 from orchestrator.version_facts import description, provenance
-from qkmodel.dictionary import FILES, PAIRS_FILE, Dictionary, DictionaryConfig, files_of
+from qkmodel.dictionary import CONFIG_FILE, Dictionary, DictionaryConfig, files_of, read_dictionary_config
 from qkmodel.dictionary import load_dictionary as load_folder
 from qkmodel.errors import InputError
 from qkmodel.files import exclusive
@@ -52,8 +53,9 @@ _SHOWN_FACTS = (SWEEP_TAG, STUDY_TAG, TRAINING_TAG, SHA256_TAG)
 
 # databases that keep versions in 32 bits fail on larger ones
 _REFERENCE = re.compile(r"models:/(?P<name>[^/:@\s]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d{1,9}))", re.ASCII)
+# a version that somebody made by hand may carry all tags
+_FOREIGN_SOURCES = ("http:", "https:", "runs:")
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,7 @@ def register(tracking: str | None, storage: Path, ledger: Ledger, choices: Seque
     """
     address, artifact_root = tracking_address(tracking, storage)
     folders = [ledger.folder / choice.training.dictionary for choice in choices]
-    configs = [
-        load_folder(folder, choice.training.dictionary_sha256).config
-        for folder, choice in zip(folders, choices, strict=True)
-    ]
+    configs = [load_trained(ledger, choice.training).config for choice in choices]
     # against another `choose` on this machine: both would find no version and make one
     with _answered_in_one_line(address), exclusive(storage / LOCK_FILE, lambda holder: None):
         client = _connect(address)
@@ -110,9 +109,10 @@ def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
     InputError when there is no such dictionary or it is not the one that was registered, and TrackingUnavailable when
     MLflow cannot be reached.
     """
-    found = _REFERENCE.fullmatch(reference)
+    found = _REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
     if found is None:
-        raise InputError(f"{reference[:200]!r} names no dictionary; write models:/NAME@ALIAS or models:/NAME/VERSION")
+        shown = str(reference)[:200]
+        raise InputError(f"{shown!r} names no dictionary; write models:/NAME@ALIAS or models:/NAME/VERSION")
     address, _ = tracking_address(tracking or os.environ.get("MLFLOW_TRACKING_URI") or None, Path("runs"))
     try:
         file = sqlite_file(address)
@@ -124,7 +124,7 @@ def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
         client = _connect(address)
         version = _look_up(client, address, reference, **found.groupdict())
         try:
-            return _download(client, address, version)
+            return _load_version(client, address, version)
         except InputError as error:
             raise InputError(f"{reference}: {error}") from error
 
@@ -162,7 +162,7 @@ def _connect(address: str) -> MlflowClient:
 def _answered_in_one_line(address: str) -> Iterator[None]:
     try:
         yield
-    except _ERRORS as error:
+    except STORE_ERRORS as error:
         raise unavailable(address, error) from error
 
 
@@ -177,6 +177,8 @@ def _look_up(
         raise InputError(
             f"{reference}: not in the registry of {redact_url(address)}; see orchestrate choose"
         ) from error
+    if found.name != name:
+        raise no_server(address)
     if SHA256_TAG not in found.tags:
         raise InputError(f"{reference}: was not registered by orchestrate choose: it has no tag {SHA256_TAG}")
     return found
@@ -190,18 +192,32 @@ def _refuse_prompt(client: MlflowClient, address: str, name: str) -> None:
         )
 
 
-def _download(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
-    """What a version holds. Raises InputError when its files are gone or are not those that were registered."""
+def _load_version(client: MlflowClient, address: str, version: ModelVersion) -> Dictionary:
+    """What a version holds. Raises InputError as `_download` does, and for a source that `choose` does not give."""
+    if version.source.startswith(_FOREIGN_SOURCES):
+        raise InputError(f"was not registered by orchestrate choose: its source is {redact_url(version.source)}")
     source = client.get_model_version_download_uri(version.name, version.version)
+    return _download(address, source, version.tags[SHA256_TAG])
+
+
+def _download(address: str, source: str, sha256: str) -> Dictionary:
+    """The dictionary at `source`. Raises InputError when its files are gone or are not those that were registered."""
     # a download that fails does not tell a file that is gone from a store that does not answer
     there = {PurePosixPath(one.path).name for one in mlflow.artifacts.list_artifacts(source, tracking_uri=address)}
-    if gone := [name for name in FILES if name not in there]:
-        raise InputError(f"{gone[0]} is gone from {redact_url(source)}; orchestrate choose registers it anew")
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (*FILES, *({PAIRS_FILE} & there)):
-            mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+
+        def fetch(names: Sequence[str]) -> None:
+            if gone := [name for name in names if name not in there]:
+                raise InputError(f"{gone[0]} is gone from {redact_url(source)}; orchestrate choose registers it anew")
+            for name in names:
+                mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
+
         try:
-            return load_folder(scratch, version.tags[SHA256_TAG])
+            fetch([CONFIG_FILE])
+            # which says what others there are
+            config, _ = read_dictionary_config(Path(scratch), sha256)
+            fetch([name for name in files_of(config) if name != CONFIG_FILE])
+            return load_folder(scratch, sha256)
         except InputError as error:
             raise InputError(str(error).replace(f"{scratch}/", "")) from error
 
@@ -228,7 +244,7 @@ class _Registration:
     def _is_whole(self, version: ModelVersion) -> bool:
         """Whether the store still has what was registered: its files may have been deleted or changed there."""
         try:
-            _download(self._client, self._address, version)
+            _load_version(self._client, self._address, version)
         except InputError:
             return False
         return True
@@ -240,18 +256,22 @@ class _Registration:
         facts = provenance(self._sweep, choice, config)
         params = {key: str(value) for key, value in training.hyperparameters.items() if value is not None}
         metrics = {key: value for key, value in without_heads(training.metrics).items() if value is not None}
-        # names of logged models hold no points
-        model = client.create_logged_model(self._experiment, name.replace(".", "-"), run_id, facts, params, MODEL_TYPE)
-        try:
-            for file in files_of(config):
-                client.log_model_artifact(model.model_id, str(folder / file))
-            if run_id is not None:
-                self._show_metrics(run_id, model.model_id, training, metrics)
-            client.finalize_logged_model(model.model_id, "READY")
-        except _ERRORS:
-            with suppress(*_ERRORS):
-                client.finalize_logged_model(model.model_id, "FAILED")
-            raise
+        model = self._earlier_model(training.dictionary_sha256)
+        if model is None:
+            # names of logged models hold no points
+            plain = name.replace(".", "-")
+            model = client.create_logged_model(self._experiment, plain, run_id, facts, params, MODEL_TYPE)
+            named(client, model.model_id)
+            try:
+                for file in files_of(config):
+                    client.log_model_artifact(model.model_id, str(folder / file))
+                if run_id is not None:
+                    self._show_metrics(run_id, model.model_id, training, metrics)
+                client.finalize_logged_model(model.model_id, "READY")
+            except STORE_ERRORS:
+                with suppress(*STORE_ERRORS):
+                    client.finalize_logged_model(model.model_id, "FAILED")
+                raise
         _ensure_registered_model(client, name, choice.status.study)
         figures = {key: repr(value) for key, value in metrics.items()}
         tags = {key: facts[key] for key in _SHOWN_FACTS} | {key: figures[key] for key in _shown_metrics(training)}
@@ -263,6 +283,24 @@ class _Registration:
             # a database store would look a logged model up in the store that is this process's default
             made = client.create_model_version(name, model.artifact_location, run_id, tags, description=text)
         return made.version
+
+    def _earlier_model(self, sha256: str) -> LoggedModel | None:
+        """A whole logged model of a dictionary, for which a kill left no version; all others of it are deleted."""
+        condition = f"tags.`{SHA256_TAG}` = '{sha256}'"
+        whole = None
+        for model in self._client.search_logged_models([self._experiment], condition):
+            if whole is None and model.status == LoggedModelStatus.READY and self._has_files(model, sha256):
+                whole = model
+            else:
+                self._client.delete_logged_model(model.model_id)
+        return whole
+
+    def _has_files(self, model: LoggedModel, sha256: str) -> bool:
+        try:
+            _download(self._address, model.artifact_location, sha256)
+        except InputError:
+            return False
+        return True
 
     def _run_of(self, training: Training) -> str | None:
         """The training's run below this sweep's parent run: another storage's sweep may be in the same experiment."""

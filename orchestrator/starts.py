@@ -15,6 +15,7 @@ import psutil
 from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
+from orchestrator.driver_lock import AtWork
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import StartRow
 from qkmodel.errors import InputError
@@ -30,7 +31,7 @@ class Lease:
     def __init__(self, ledger: Ledger, patience: float = PATIENCE_SECONDS, seconds_before: float = 0.0) -> None:
         """`seconds_before` is what this start took before: it counts as its time, too.
 
-        Raises InputError when a driver on another machine is at work on the sweep.
+        Raises AtWork when a driver on another machine is at work on the sweep.
         """
         self._ledger = ledger
         latest = refuse_beside_living_driver(ledger, patience)
@@ -79,7 +80,7 @@ def is_ended(ledger: Ledger) -> bool:
 def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECONDS) -> int:
     """The number of the latest start, whose driver is dead; 0 where there was none.
 
-    Raises InputError when a driver on another machine is at work on the sweep; to tell may take `patience`.
+    Raises AtWork when a driver on another machine is at work on the sweep; to tell may take `patience`.
     """
     last = _latest(ledger)
     if last is None:
@@ -98,12 +99,9 @@ def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECON
     return last.number
 
 
-def _at_work(ledger: Ledger) -> InputError:
+def _at_work(ledger: Ledger) -> AtWork:
     now = _latest(ledger)
-    return InputError(
-        f"name: process {now.process} on {now.host} is at work on the sweep in {ledger.folder}; "
-        "wait for it or end it, or choose another name"
-    )
+    return AtWork(f"process {now.process} on {now.host}", ledger.folder)
 
 
 def _latest(ledger: Ledger) -> StartRow | None:
@@ -115,7 +113,7 @@ def _latest(ledger: Ledger) -> StartRow | None:
 
 
 def _open_start(ledger: Ledger, number: int, beat: int) -> int:
-    """Raises InputError when another driver took this number since it was found free."""
+    """Raises AtWork when another driver took this number since it was found free."""
     try:
         with ledger.transaction() as session:
             process, started = os.getpid(), datetime.now(UTC)

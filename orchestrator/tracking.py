@@ -14,7 +14,6 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
-from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
@@ -23,7 +22,13 @@ from orchestrator.pareto import front_trainings
 from orchestrator.report import REPORT_FILE
 from orchestrator.tracking_fronts import FrontArtifacts
 from orchestrator.tracking_notes import COMPLETE, TRAINING, EndStatus, complete_mark, file_mark, has_run
-from orchestrator.tracking_run import TrainingRun, find_or_create_experiment, milliseconds
+from orchestrator.tracking_run import (
+    STORE_ERRORS,
+    TrainingRun,
+    find_or_create_experiment,
+    milliseconds,
+    named,
+)
 from orchestrator.tracking_store import (
     LOCK_FILE,
     STUDY_TAG,
@@ -36,6 +41,7 @@ from orchestrator.tracking_store import (
     unavailable,
 )
 from orchestrator.tracking_summary import SweepSummary
+from orchestrator.trained_dictionary import way_to_train_anew
 from orchestrator.versions import GIT_DIFF_FILE
 from qkmodel.files import exclusive
 
@@ -68,22 +74,20 @@ class Tracker:
 
         `ended` ends the parent run: FINISHED, or KILLED when the sweep was interrupted.
         Raises TrackingUnavailable; what had arrived by then is not sent again. So it does, after all else was
-        delivered, when a dictionary that belongs there is gone.
+        delivered, when a dictionary that belongs there is gone or damaged.
         """
         # whatever cuts this delivery off: the next one looks everything up anew
         client, self._client = self._client, None
         try:
             client = client or self._connect()
             lost = self._deliver(client, ended)
-        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        except STORE_ERRORS as error:
             raise unavailable(self._uri, error) from error
         self._client = client
         if lost:
-            others = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-            raise TrackingUnavailable(
-                f"{lost[0].label}{others}: its dictionary {self._ledger.folder / lost[0].dictionary} is gone; "
-                "start the sweep again, which trains it anew"
-            )
+            (training, damage), others = lost[0], f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            folder = self._ledger.folder / training.dictionary
+            raise TrackingUnavailable(f"{training.label}{others}: {damage}; {way_to_train_anew(folder)}")
 
     def _connect(self) -> MlflowClient:
         """Find or create the experiment and the parent run, and find the children there are."""
@@ -103,7 +107,8 @@ class Tracker:
         if not self._parent:
             tags = {SWEEP_TAG: sweep.run_tag}
             run = client.create_run(self._experiment, milliseconds(sweep.created), tags, sweep.name)
-            self._parent = run.info.run_id
+            self._parent = named(client, run.info.run_id)
+        self._adopt_orphans(client)
         self._runs = self._find_children(client)
         # of a store that was emptied, of another store, of runs that were deleted
         self._ledger.forget_delivered({self._parent, *self._runs.values()})
@@ -118,6 +123,23 @@ class Tracker:
 
     def _find_children(self, client: MlflowClient) -> dict[str, str]:
         return self._runs_by(client, TRAINING_TAG, f"tags.`{PARENT_TAG}` = '{self._parent}'")
+
+    def _adopt_orphans(self, client: MlflowClient) -> None:
+        """Puts trainings below the parent run whose former one was deleted: MLflow leaves them where they were."""
+        notes = self._ledger.delivered()
+        for run in list(_search(client, self._experiment, f"tags.`{PARENT_TAG}` != '{self._parent}'")):
+            is_noted = TRAINING in notes.get(run.info.run_id, {})
+            # another storage's sweep of this name may be in the same experiment
+            if TRAINING_TAG in run.data.tags and (is_noted or self._was_parent(client, run.data.tags[PARENT_TAG])):
+                client.set_tag(run.info.run_id, PARENT_TAG, self._parent)
+
+    def _was_parent(self, client: MlflowClient, run_id: str) -> bool:
+        try:
+            return client.get_run(run_id).data.tags.get(SWEEP_TAG) == self._ledger.sweep().run_tag
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def _runs_by(self, client: MlflowClient, tag: str, condition: str) -> dict[str, str]:
         """Values of a tag that is to be one run's alone, and that run's id: where several have it, all but one go."""
@@ -135,8 +157,8 @@ class Tracker:
                     client.delete_run(run_id)
         return runs
 
-    def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> list[Training]:
-        """The trainings whose dictionary is to be sent and gone."""
+    def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> list[tuple[Training, str]]:
+        """The trainings whose dictionary is to be sent and gone or damaged, and how."""
         trainings = self._ledger.trainings()
         mark = complete_mark(self._ledger, trainings, ended or "RUNNING")
         notes = self._ledger.delivered()
@@ -156,8 +178,8 @@ class Tracker:
 
     def _deliver_trainings(
         self, client: MlflowClient, trainings: Sequence[Training], notes: dict[str, dict[str, str]]
-    ) -> list[Training]:
-        """Those whose dictionary is to be sent and gone."""
+    ) -> list[tuple[Training, str]]:
+        """Those whose dictionary is to be sent and gone or damaged, and how."""
         studies = {study.study_id: study for study in self._ledger.studies()}
         members: set[str] = set()
         for study_id in studies:
@@ -171,8 +193,9 @@ class Tracker:
             if TRAINING not in notes.get(run_id, {}):
                 self._ledger.note_delivered(run_id, TRAINING, training.training_id)
             run = TrainingRun(client, self._ledger, run_id, notes.get(run_id, {}))
-            if not run.deliver(studies[training.study_id], training, is_member=training.training_id in members):
-                lost.append(training)
+            damage = run.deliver(studies[training.study_id], training, is_member=training.training_id in members)
+            if damage is not None:
+                lost.append((training, damage))
         return lost
 
     def _create_run(self, client: MlflowClient, training: Training) -> str:
@@ -184,7 +207,7 @@ class Tracker:
         }
         started = milliseconds(training.started or training.created)
         run = client.create_run(self._experiment, started, tags, training.label)
-        self._runs[training.training_id] = run.info.run_id
+        self._runs[training.training_id] = named(client, run.info.run_id)
         return run.info.run_id
 
     def _deliver_sweep(self, client: MlflowClient, notes: dict[str, str]) -> None:

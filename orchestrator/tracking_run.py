@@ -4,15 +4,21 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+from google.protobuf.json_format import ParseError
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import HEAD_PREFIXES, Study, Training
 from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_there, status_mark
-from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable
+from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable, no_server
+from qkmodel.dictionary import find_damage
 
+# what MLflow's client raises where a store is away, refuses, or is none
+STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError, ParseError)
 # MLflow's own limits for one batch
 MAX_METRICS, MAX_PARAMS = 1000, 100
 MAX_PARAM_CHARACTERS = 6000
@@ -27,10 +33,10 @@ class TrainingRun:
         self._run_id = run_id
         self._notes = notes
 
-    def deliver(self, study: Study, training: Training, is_member: bool) -> bool:
+    def deliver(self, study: Study, training: Training, is_member: bool) -> str | None:
         """Deliver what the run does not hold yet; `is_member` says whether the training is on its study's front.
 
-        False where its dictionary belongs there and is gone.
+        Where its dictionary belongs there and is gone or damaged, the answer says so in words.
         """
         if "params" not in self._notes:
             self._deliver_params(study, training)
@@ -38,8 +44,7 @@ class TrainingRun:
             self._deliver_reports(training)
             self._deliver_state(training)
         self._deliver_membership(is_member)
-        is_owed = is_member and self._notes.get("dictionary") != training.dictionary_sha256
-        return not is_owed or self._deliver_dictionary(training)
+        return self._deliver_dictionary(training) if is_member else None
 
     def _note(self, item: str, value: str) -> None:
         self._ledger.note_delivered(self._run_id, item, value)
@@ -100,13 +105,17 @@ class TrainingRun:
             self._client.set_terminated(self._run_id, status, ended)
         self._note(STATUS, mark)
 
-    def _deliver_dictionary(self, training: Training) -> bool:
+    def _deliver_dictionary(self, training: Training) -> str | None:
+        # what is trained anew has the same hash and lies elsewhere, and what MLflow has may be why it was
+        mark = f"{training.dictionary} {training.dictionary_sha256}"
+        if self._notes.get("dictionary") == mark:
+            return None
         path = self._ledger.folder / training.dictionary
-        if not path.is_dir():
-            return False
-        self._client.log_artifacts(self._run_id, path, "dictionary")
-        self._note("dictionary", training.dictionary_sha256)
-        return True
+        damage = find_damage(path, training.dictionary_sha256)
+        if damage is None:
+            self._client.log_artifacts(self._run_id, path, "dictionary")
+            self._note("dictionary", mark)
+        return damage
 
     def _deliver_membership(self, is_member: bool) -> None:
         mark = "true" if is_member else "false"
@@ -127,14 +136,22 @@ class TrainingRun:
 def find_or_create_experiment(client: MlflowClient, sweep: str, artifact_root: str | None) -> str:
     """The id of a sweep's experiment. A new one's artifacts lie below `artifact_root`; None lets the server decide.
 
-    Raises TrackingUnavailable where somebody has deleted it.
+    Raises TrackingUnavailable where somebody has deleted it, and where what answers is not MLflow.
     """
     experiment = client.get_experiment_by_name(sweep)
     if experiment is not None:
         if experiment.lifecycle_stage == LifecycleStage.DELETED:
             raise _deleted(redact_url(client.tracking_uri), sweep, experiment.experiment_id, artifact_root is None)
-        return experiment.experiment_id
-    return client.create_experiment(sweep, artifact_location=artifact_root and f"{artifact_root}/{sweep}")
+        return named(client, experiment.experiment_id)
+    location = artifact_root and f"{artifact_root}/{sweep}"
+    return named(client, client.create_experiment(sweep, artifact_location=location))
+
+
+def named(client: MlflowClient, identifier: str) -> str:
+    """An id that was answered. Raises TrackingUnavailable for none, which MLflow's client reads out of any answer."""
+    if not identifier:
+        raise no_server(client.tracking_uri)
+    return identifier
 
 
 def _deleted(address: str, sweep: str, experiment: str, is_server: bool) -> TrackingUnavailable:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, inspect
 
-from orchestrator.addresses import redact_url
+from orchestrator.addresses import redact_url, require_readable, sqlite_file
 from qkmodel.errors import InputError
 
 # by which runs, logged models and registered dictionaries are found
@@ -26,9 +26,14 @@ _PATIENCE = {
     # of PostgreSQL's client library
     "PGCONNECT_TIMEOUT": "10",
 }
+# of MLflow's client and of what it is made of: the server wants to know who asks; an answer is no answer of MLflow's
+_WANTS_PASSWORD = re.compile(r"failed with error code 401|401 Client Error")
+_NO_SERVER = re.compile(r"not in a valid JSON format|Failed to parse \w+ field")
 # what MLflow's client tells of a request, and the same for people
 _REQUEST_FAILURES = [
     (re.compile(r"too many (\d+) error responses"), r"it answers \1"),
+    (re.compile(r"failed with error code (\d+)"), r"it answers \1"),
+    (re.compile(r"Exceeded \d+ redirects"), "it sends from one address to another"),
     (re.compile(r"\[Errno -?\d+\] ([A-Za-z ]+)"), r"\1"),
     (re.compile(r"timed out"), "it takes too long to answer"),
     (re.compile(r"Connection reset by peer|Remote end closed connection"), "it closes connections"),
@@ -42,21 +47,35 @@ class TrackingUnavailable(Exception):
 def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | None]:
     """(MLflow's tracking address, artifact root): the root is None where a server decides.
 
-    Without `tracking` it is an SQLite file in `storage`. Raises InputError for an address of a kind that
-    MLflow cannot keep runs at.
+    Without `tracking` it is an SQLite file in `storage`. Raises InputError for what is no address, one that cannot be
+    read or of a kind that MLflow cannot keep runs at, and a storage in which no address can name a file.
     """
     artifact_root = (storage.absolute() / "mlflow-artifacts").as_uri()
     if tracking is None:
-        return f"sqlite:///{storage.absolute() / 'mlflow.db'}", artifact_root
-    scheme = tracking.partition("://")[0] if "://" in tracking else ""
+        return _address_in(storage.absolute()), artifact_root
+    scheme = tracking.partition("://")[0] if isinstance(tracking, str) and "://" in tracking else ""
     if scheme in ("http", "https"):
+        require_readable(tracking)
         return tracking, None
     if scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
+        require_readable(tracking)
         return tracking, artifact_root
     raise InputError(
-        f"tracking: {redact_url(tracking)!r} is not an MLflow address; "
+        f"tracking: {redact_url(str(tracking))!r} is not an MLflow address; "
         "give http(s)://HOST:PORT of a server, sqlite:///PATH, or null for a file beside the sweeps"
     )
+
+
+def _address_in(storage: Path) -> str:
+    file = storage / "mlflow.db"
+    address = f"sqlite:///{file}"
+    # escaped, MLflow finds the file and makes folders elsewhere
+    if sqlite_file(address) != file:
+        raise InputError(
+            f"storage: {storage}: MLflow can keep no database in a folder with ? or % in its path; rename it, or give "
+            "tracking the address of a server"
+        )
+    return address
 
 
 def prepare_client() -> None:
@@ -84,7 +103,19 @@ def unavailable(address: str, error: Exception) -> TrackingUnavailable:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # a download that failed is told in a list
     reason = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
+    if _WANTS_PASSWORD.search(reason):
+        return TrackingUnavailable(
+            f"MLflow at {redact_url(address)} asks for a password: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
+    if _NO_SERVER.search(reason):
+        return no_server(address)
     return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: {_shortened(redact_url(reason))}")
+
+
+def no_server(address: str) -> TrackingUnavailable:
+    """For an address at which something answers that is not MLflow."""
+    return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: this is no MLflow server")
 
 
 def _shortened(reason: str) -> str:

@@ -208,6 +208,17 @@ def find_loss(folder: Path, sha256: str) -> str | None:
     return None
 
 
+def find_damage(folder: Path, sha256: str) -> str | None:
+    """As `find_loss`, and what of the tensors' files has another hash than recorded. A few megabytes are read."""
+    loss = find_loss(folder, sha256)
+    if loss is not None:
+        return loss
+    # not more is asked of it than hashes: that it is the recorded one was just seen
+    recorded = json.loads((folder / CONFIG_FILE).read_bytes())["files"]
+    damaged = [name for name, wanted in recorded.items() if _sha256((folder / name).read_bytes()) != wanted]
+    return f"{folder / damaged[0]} is damaged or was changed" if damaged else None
+
+
 def _parse_config(path: Path, content: bytes) -> DictionaryConfig:
     try:
         found = json.loads(content).get("format")

@@ -310,7 +310,9 @@ def test_a_command_that_cannot_be_understood_is_one_line(
         (["choose", "small", "--layer", "8"], "dictionaries/high/config.json: cannot be read"),
         (["export", "small"], "Missing option '--output'"),
         (["export", "small", "--output", "o", "--layer", "8"], "dictionaries/high/config.json: cannot be read"),
-        (["export", "small", "--output", "o", "--training", "nix"], "training: the sweep has no training nix"),
+        (["export", "small", "--output", "o", "--training", "nix"], "--rule: the sweep has no training nix"),
+        (["choose", "small", "--rule", "training=zzz"], "error: --rule: the sweep has no training zzz; orchestrate"),
+        (["choose", "small", "--rule", "training=lost"], "error: --rule: training lost is failed; only finished"),
         (["export", "small", "--output", "o", "--training", "low", "--rule", "knee"], "--rule and --training exclude"),
     ],
 )
@@ -334,6 +336,25 @@ def test_an_edited_reference_is_one_line(swept: Path, tmp_path: Path, command: s
     ran = orchestrate(command, "small", cwd=tmp_path)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
     assert "is damaged (study late: its reference cannot be read)" in ran.stderr
+
+
+def test_nothing_is_announced_before_all_is_looked_at(swept: Path) -> None:
+    (swept / "runs" / "mlflow.db").touch()
+    ran = orchestrate("ui", "--dashboard", cwd=swept)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: --dashboard: shows one sweep's studies;") and ran.stderr.count("\n") == 1
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ran = orchestrate("ui", "small", "--dashboard", "--port", str(port - 1), cwd=swept)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == f"error: --port: {port} is in use on this machine; give another\n"
+    assert not (swept / "runs" / "small" / "optuna.sqlite").exists()
+
+
+def test_a_name_with_a_line_break_is_still_one_line(tmp_path: Path) -> None:
+    ran = orchestrate("status", "no\nsweep", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert ran.stderr.startswith(r"error: no\nsweep: no sweep of that name;")
 
 
 def test_a_port_in_use_is_refused(swept: Path) -> None:
@@ -372,6 +393,16 @@ def test_a_second_driver_of_a_sweep_is_refused(tmp_path: Path) -> None:
     assert f"process {os.getpid()} is at work on the sweep in {folder}" in ran.stderr
     assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
     assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_a_late_delivery_beside_a_driver_is_refused_with_what_fits(swept: Path) -> None:
+    folder = swept / "runs" / "small"
+    with exclusive(folder / "lock", print):
+        ran = orchestrate("track", "small", cwd=swept)
+    (folder / "lock").unlink()
+    assert (ran.returncode, ran.stdout) == (2, "")
+    at_work = f"process {os.getpid()} is at work on the sweep in {folder}"
+    assert ran.stderr == f"error: {at_work} and delivers by itself; wait for it or end it\n"
 
 
 def test_a_sweep_file_that_is_not_there(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Folders for a model hub: they load, their card says what they are, and they are whole or not there."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,12 @@ def test_a_damaged_dictionary_is_not_exported(ledger: Ledger, tmp_path: Path) ->
     choice = chosen(ledger)
     weights = ledger.folder / choice.training.dictionary / "transcoder.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"transcoder\.safetensors: hash differs"):
+    way = rf"delete {re.escape(str(weights.parent))} and start the sweep again, which trains it anew$"
+    with pytest.raises(InputError, match=rf"transcoder\.safetensors: hash differs.*; {way}"):
         export_dictionary(ledger, choice, tmp_path / "hub")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    shutil.rmtree(weights.parent)
+    with pytest.raises(
+        InputError, match=r"config\.json: cannot be read.*; start the sweep again, which trains it anew$"
+    ):
+        export_dictionary(ledger, choice, tmp_path / "hub")

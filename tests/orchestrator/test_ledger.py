@@ -1,3 +1,4 @@
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -334,3 +335,41 @@ def test_a_row_that_nobody_wrote_is_called_damage(ledger: Ledger, edit: str) -> 
     database.close()
     with pytest.raises(InputError, match=r"is damaged .*put a copy of it there"):
         ledger.trainings()
+
+
+@pytest.mark.parametrize("left", ["closed", "killed"])
+def test_a_folder_that_nobody_can_write_to_is_read(tmp_path: Path, left: str) -> None:
+    """With what a killed driver has left in the write-ahead log. The folder's name means something in an address."""
+    folder = tmp_path / "what? #1%20"
+    script = f"""
+import os
+from pathlib import Path
+from orchestrator.ledger import Ledger
+ledger = Ledger(Path({str(folder)!r}) / "ledger.sqlite")
+ledger.open_sweep("l1", {{}}, None, {{}})
+if {left!r} == "killed":
+    os.kill(os.getpid(), 9)
+ledger.close()
+"""
+    subprocess.run([sys.executable, "-c", script])
+    assert (folder / "ledger.sqlite-wal").is_file() == (left == "killed")
+    script = f"""
+from pathlib import Path
+from orchestrator.ledger import Ledger
+ledger = Ledger.open_existing(Path({str(folder)!r}) / "ledger.sqlite")
+print(ledger.sweep().name)
+try:
+    ledger.set_current({{}})
+except OSError as error:
+    print(error)
+"""
+    mount = f"mount --bind {shlex.quote(str(folder))} {shlex.quote(str(folder))}"
+    command = f"{mount} && mount -o remount,ro,bind {shlex.quote(str(folder))} && echo mounted && "
+    command += shlex.join([sys.executable, "-c", script])
+    ran = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True)
+    if not ran.stdout.startswith("mounted"):
+        pytest.skip(f"this machine lets nobody mount: {ran.stderr}")
+    assert ran.stdout.splitlines()[1:] == [
+        "l1",
+        f"{folder}/ledger.sqlite: attempt to write a readonly database; once that is mended the same command continues",
+    ], ran.stderr

@@ -156,6 +156,14 @@ def test_a_mask_is_chosen_registered_and_loaded_with_its_pairs(masks: Ledger) ->
     version = MlflowClient(store).get_model_version(registered.name, registered.version)
     assert version.tags["pairs_kept"] == "300.0"
     assert len(MlflowClient(store).search_model_versions("name = 'qk.smollm2-135m.L08.pairs'")) == 1
+    (pairs,) = storage.glob("mlflow-artifacts/**/pairs.safetensors")
+    pairs.unlink()
+    with pytest.raises(
+        InputError, match=r"pairs\.safetensors is gone from file:.*; orchestrate choose registers it anew"
+    ):
+        load_dictionary(registered.reference, store)
+    assert register(store, storage, masks, choices)[0].version == "2"
+    assert len(load_dictionary(registered.reference, store).kept_pairs.pairs) == 300
 
 
 def test_an_export_has_the_pairs_and_a_card_of_the_masks_figures(masks: Ledger, tmp_path: Path) -> None:

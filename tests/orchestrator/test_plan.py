@@ -310,6 +310,8 @@ def test_a_space_with_fewer_points_than_the_budget_is_all_there_is_to_train(tmp_
         ("resources.pack.cpu=4096", ["resources.pack.cpu", "4096", f"at most {machine_cpus()}"]),
         ("resources.activations.cpu=4096", ["resources.activations.cpu", "4096", f"at most {machine_cpus()}"]),
         ("storage=/proc/foo", ["storage: /proc", "cannot be written to"]),
+        ("storage=/tmp/what?", ["storage: /tmp/what?", "MLflow can keep no database", "rename it"]),
+        ("storage=/tmp/a%20b", ["storage: /tmp/a%20b", "MLflow can keep no database", "rename it"]),
         ("tracking=mysql://me:hunter2@host/runs", ["tracking: mysql://me:***@host/runs", "not installed", "MySQLdb"]),
         ("tracking=mysql+nothing://host/runs", ["tracking: mysql+nothing://host/runs", "not installed"]),
         ("model.revision=abc", ["model.revision: abc", "smollm2-135m has none"]),

@@ -1,6 +1,7 @@
 """Dictionaries into MLflow's registry and back, against a real database and a real server."""
 
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -202,8 +203,10 @@ def test_a_forgery_that_is_consistent_in_itself_is_refused(storage: Path, ledger
 
 def test_a_damaged_dictionary_is_not_registered(storage: Path) -> None:
     ledger = make_sweep(storage, fronts={4: {"eeee000000000004": (8.0, 0.2)}, 8: FRONT})
-    (ledger.folder / ledger.training(MIDDLE).dictionary / "attention.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"attention\.safetensors: hash differs"):
+    place = ledger.folder / ledger.training(MIDDLE).dictionary
+    (place / "attention.safetensors").write_bytes(b"")
+    way = f"; delete {re.escape(str(place))} and start the sweep again, which trains it anew$"
+    with pytest.raises(InputError, match=rf"attention\.safetensors: hash differs.*{way}"):
         register(None, storage, ledger, apply_rule(study_statuses(ledger), parse_rule("knee")))
     assert list(client_of(storage).search_registered_models()) == []
     assert not (storage / "mlflow-artifacts").exists()
@@ -219,6 +222,51 @@ def test_an_upload_that_fails_leaves_neither_version_nor_alias(storage: Path, le
     (storage / "mlflow-artifacts").unlink()
     assert choose(ledger).is_new
     assert_same_dictionary(KNEE, ledger, MIDDLE)
+
+
+@pytest.mark.parametrize("cut", ["log_model_artifact", "finalize_logged_model", "create_model_version"])
+def test_choosing_that_was_cut_off_leaves_one_logged_model(
+    storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    Tracker(None, storage, ledger).deliver()
+
+    def end(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            # as a kill: nothing in its way catches it
+            patched.setattr(MlflowClient, cut, end)
+            choose(ledger)
+    assert choose(ledger) == Registered(NAME, "1", "knee", is_new=True, alias_was=None)
+    client = client_of(storage)
+    (model,) = client.search_logged_models([client.get_experiment_by_name("small").experiment_id])
+    version = client.get_model_version(NAME, "1")
+    assert str(model.status) == "READY" and version.source == model.artifact_location
+    assert_same_dictionary(KNEE, ledger, MIDDLE)
+
+
+def test_a_logged_model_without_its_files_is_not_taken_for_a_new_version(storage: Path, ledger: Ledger) -> None:
+    choose(ledger)
+    (uploaded(storage) / "transcoder.safetensors").write_bytes(b"changed")
+    client_of(storage).delete_model_version(NAME, "1")
+    assert choose(ledger).is_new
+    client = client_of(storage)
+    assert len(client.search_logged_models([client.get_experiment_by_name("small").experiment_id])) == 1
+    assert_same_dictionary(KNEE, ledger, MIDDLE)
+
+
+@pytest.mark.parametrize("source", ["http://127.0.0.1:1/x", "https://host/a/b", "runs:/abc/x"])
+def test_a_version_with_a_foreign_source_is_not_taken_for_a_whole_one(
+    storage: Path, ledger: Ledger, source: str
+) -> None:
+    client = client_of(storage)
+    client.create_registered_model(NAME)
+    client.create_model_version(NAME, source, tags={SHA256_TAG: ledger.training(MIDDLE).dictionary_sha256})
+    with pytest.raises(InputError, match=f"^models:/{NAME}/1: was not registered by orchestrate choose: its source is"):
+        load_dictionary(f"models:/{NAME}/1")
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=True, alias_was=None)
+    assert choose(ledger) == Registered(NAME, "2", "knee", is_new=False, alias_was="2")
 
 
 def counts(storage: Path) -> dict[str, int]:
@@ -275,6 +323,8 @@ def test_a_version_belongs_to_the_run_of_its_own_storage(
         (f"models:/{NAME}@knee/../..", "names no dictionary"),
         (f"models:/{NAME}/latest", "names no dictionary"),
         ("runs:/abc/dictionary", "names no dictionary"),
+        (None, "names no dictionary"),
+        (5, "names no dictionary"),
     ],
 )
 def test_a_name_that_stands_for_nothing_is_one_line(storage: Path, ledger: Ledger, reference: str, words: str) -> None:
@@ -300,7 +350,7 @@ def test_the_store_is_the_one_given_or_that_of_the_environment_or_runs_here(
     assert load_dictionary(KNEE).config.training_id == MIDDLE
     with pytest.raises(InputError, match=r"none\.db: no tracking store"):
         load_dictionary(KNEE, "sqlite:///none.db")
-    for address in ("file:///mlruns", "sqlite://"):
+    for address in ("file:///mlruns", "sqlite://", 5, storage / "mlflow.db"):
         with pytest.raises(InputError, match="tracking"):
             load_dictionary(KNEE, address)
 

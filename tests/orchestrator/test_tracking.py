@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -25,6 +26,7 @@ from orchestrator.tracking_summary import DESCRIPTION_TAG
 from orchestrator.tracking_thread import TrackingThread
 from qkmodel.errors import InputError
 from tests.orchestrator.tracking_world import (
+    DICTIONARY_FILES,
     IDENTITY,
     REFERENCE,
     artifacts,
@@ -62,7 +64,7 @@ def test_mlflow_shows_what_the_ledger_holds(storage: Path, ledger: Ledger) -> No
     assert history(storage, child, "kl") == [(1000, 0.1)]
     assert child.data.tags["pareto"] == "true"
     assert child.data.tags["state"] == "finished"
-    assert artifacts(storage, child, "dictionary") == {"dictionary/weights.safetensors"}
+    assert artifacts(storage, child, "dictionary") == DICTIONARY_FILES
     assert (parent.info.run_name, parent.info.status) == ("l1", "RUNNING")
     assert parent.data.tags["mlflow.source.git.commit"] == "abc123"
     assert artifacts(storage, parent, "fronts") == {"fronts/L08.png", "fronts/L08.html", "fronts/L08.json"}
@@ -120,7 +122,7 @@ def test_a_training_that_leaves_the_front_loses_its_tag(storage: Path, ledger: L
     tracker.deliver()
     parent, children = runs(storage)
     assert {name for name, run in children.items() if "pareto" in run.data.tags} == {"better"}
-    assert artifacts(storage, children["better"], "dictionary") == {"dictionary/weights.safetensors"}
+    assert artifacts(storage, children["better"], "dictionary") == DICTIONARY_FILES
     assert artifacts(storage, children["collapsed"], "dictionary") == set()
     assert [row["id"] for row in front_table(storage, parent)] == ["better"]
 
@@ -292,6 +294,7 @@ def test_two_sweeps_that_start_together_in_a_new_storage_both_arrive(tmp_path: P
     script = """
 import sys
 from pathlib import Path
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -330,6 +333,7 @@ def test_a_kill_in_the_middle_of_a_delivery_leaves_no_duplicates(
         finish(ledger, f"t{number}", l0=number + 1.0, kl=0.5 / (number + 1))
     script = f"""
 from pathlib import Path
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -354,6 +358,7 @@ Tracker(None, storage, Ledger.open_existing(storage / "l1" / "ledger.sqlite")).d
 def test_the_first_delivery_to_a_new_database_prints_nothing(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
+from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
 from orchestrator.ledger_tables import Decision
@@ -381,6 +386,36 @@ Tracker(None, storage, ledger).deliver("FINISHED")
 def test_tracking_address(tracking: str | None, address: str, has_root: bool) -> None:
     root = "file:///store/mlflow-artifacts" if has_root else None
     assert tracking_address(tracking, Path("/store")) == (address, root)
+
+
+@pytest.mark.parametrize(
+    "tracking",
+    [
+        "http://[::1",
+        "postgresql://h:port/x",
+        "http://a..b",
+        "http://:5000",
+        "https://me:pw@host:99999",
+        "sqlite://[x/y.db",
+    ],
+)
+def test_an_address_that_cannot_be_taken_apart_is_refused(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = "models:/qk.smollm2-135m.L08@knee"
+    for attempt in (lambda: tracking_address(tracking, Path("/store")), lambda: load_dictionary(reference, tracking)):
+        with pytest.raises(InputError, match=r"^tracking: host and port cannot be read; in a password write /"):
+            attempt()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
+    with pytest.raises(InputError, match=r"^tracking: host and port cannot be read"):
+        load_dictionary(reference)
+
+
+@pytest.mark.parametrize("name", ["what?", "what?a=b", "a%20b", "%3F"])
+def test_a_folder_whose_name_no_address_can_hold_is_refused(tmp_path: Path, name: str) -> None:
+    for storage in (tmp_path / name, tmp_path / name / "runs"):
+        with pytest.raises(InputError, match=f"^storage: {re.escape(str(storage))}: MLflow can keep no database"):
+            tracking_address(None, storage)
+    assert tracking_address("http://host", tmp_path / name) == ("http://host", None)
+    assert tracking_address(None, tmp_path / "50% #1;ü")[0] == f"sqlite:///{tmp_path}/50% #1;ü/mlflow.db"
 
 
 @pytest.mark.parametrize("tracking", ["mlruns", "/var/mlruns", "file:///mlruns", "ftp://me:pw@host/x", ""])
@@ -415,8 +450,8 @@ def test_a_real_server_that_goes_away_and_comes_back(tmp_path: Path, migrated: b
         (child,) = [run for run in found if "qk.training_id" in run.data.tags]
         points = client.get_metric_history(child.info.run_id, "loss")
         assert [(point.step, point.value) for point in points] == [(100, 1.0), (200, 0.5)]
-        weights = client.download_artifacts(child.info.run_id, "dictionary/weights.safetensors", str(tmp_path))
-        assert Path(weights).read_text() == "one 1"
+        weights = client.download_artifacts(child.info.run_id, "dictionary/transcoder.safetensors", str(tmp_path))
+        assert Path(weights).read_text() == "one 0.1"
 
 
 def test_the_parent_says_what_was_found_and_what_failed(storage: Path, ledger: Ledger) -> None:
@@ -462,8 +497,7 @@ def test_the_parent_links_to_each_front_in_order(storage: Path, ledger: Ledger) 
 
 def test_metrics_of_heads_are_a_section_of_their_own(storage: Path, ledger: Ledger) -> None:
     start(ledger, "one")
-    (ledger.folder / "dictionaries" / "one").mkdir(parents=True)
-    ledger.finish("one", {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "kl_head_00": 0.2}, "dictionaries/one", "aa" * 32)
+    finish(ledger, "one", l0=4.0, kl=0.1, kl_head_00=0.2)
     Tracker(None, storage, ledger).deliver()
     assert runs(storage)[1]["one"].data.metrics == {"kl": 0.1, "l0": 4.0, "kl_recovered": 0.95, "heads/kl_head_00": 0.2}
 

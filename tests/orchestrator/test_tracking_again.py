@@ -1,6 +1,7 @@
 """What MLflow holds after results, files or MLflow itself have changed behind its back, and what is owed then."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,18 @@ from orchestrator.starts import Lease
 from orchestrator.tracking import NO_GIT_DIFF, Tracker
 from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
-from tests.orchestrator.tracking_world import artifacts, client_of, finish, front_table, history, runs, start
+from tests.orchestrator.tracking_world import (
+    DICTIONARY_FILES,
+    IDENTITY,
+    REFERENCE,
+    artifacts,
+    client_of,
+    finish,
+    front_table,
+    history,
+    runs,
+    start,
+)
 
 
 def text_of(storage: Path, run_id: str, path: str) -> str:
@@ -37,9 +49,12 @@ def test_a_result_that_is_trained_anew_replaces_the_former(storage: Path, ledger
     tracker.deliver("FINISHED")
     parent, children = runs(storage)
     child = children["one"]
-    assert (child.info.status, child.data.tags["qk.dictionary_sha256"]) == ("FINISHED", "2" * 64)
+    assert (child.info.status, child.data.tags["qk.dictionary_sha256"]) == (
+        "FINISHED",
+        ledger.training("one").dictionary_sha256,
+    )
     assert (child.data.metrics["kl"], child.data.tags["pareto"]) == (0.2, "true")
-    assert text_of(storage, child.info.run_id, "dictionary/weights.safetensors") == "one 2"
+    assert text_of(storage, child.info.run_id, "dictionary/transcoder.safetensors") == "one 0.2"
     assert [(row["kl"], row["l0"]) for row in front_table(storage, parent)] == [(0.2, 8.0)]
     assert parent.data.metrics["hypervolume_L08"] == history(storage, parent, "hypervolume_L08")[-1][1]
     assert len(history(storage, parent, "hypervolume_L08")) == 2
@@ -47,19 +62,72 @@ def test_a_result_that_is_trained_anew_replaces_the_former(storage: Path, ledger
 
 def test_a_dictionary_that_is_gone_is_said_and_holds_up_nothing_else(storage: Path, ledger: Ledger) -> None:
     start(ledger, "one")
-    ledger.finish("one", {"kl": 0.1, "l0": 16.0, "kl_recovered": 0.9}, "dictionaries/gone", "aa")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    place = ledger.folder / "dictionaries" / "one-1"
+    place.rename(storage / "away")
     tracker = Tracker(None, storage, ledger)
     for _ in range(2):
-        with pytest.raises(TrackingUnavailable, match="dictionaries/gone is gone; start the sweep again"):
+        with pytest.raises(
+            TrackingUnavailable, match=r"one-1/\S+ is gone; start the sweep again, which trains it anew"
+        ):
             tracker.deliver("FINISHED")
     parent, children = runs(storage)
     assert (parent.info.status, children["one"].data.tags["pareto"]) == ("FINISHED", "true")
     assert owed(ledger) == Owed(0, 0, anything=True)
-    (ledger.folder / "dictionaries" / "gone").mkdir(parents=True)
-    (ledger.folder / "dictionaries" / "gone" / "config.json").write_text("found again")
+    (storage / "away").rename(place)
     tracker.deliver("FINISHED")
-    assert artifacts(storage, children["one"], "dictionary") == {"dictionary/config.json"}
+    assert artifacts(storage, children["one"], "dictionary") == DICTIONARY_FILES
     assert owed(ledger) == Owed(0, 0, anything=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("transcoder.safetensors", "one 0.2", "is damaged or was changed"),
+        ("attention.safetensors", "", "is damaged or was changed"),
+        ("config.json", "{}", "is not the one that was recorded"),
+        ("attention.safetensors", None, "is gone"),
+    ],
+)
+def test_a_damaged_dictionary_is_not_sent_and_one_trained_anew_is(
+    storage: Path, ledger: Ledger, file: str, content: str | None, words: str
+) -> None:
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    place, tracker = ledger.folder / "dictionaries" / "one-1", Tracker(None, storage, ledger)
+    (place / file).unlink()
+    if content is not None:
+        (place / file).write_text(content)
+    way = f"delete {place} and start the sweep again, which trains it anew"
+    for _ in range(2):
+        with pytest.raises(TrackingUnavailable, match=f"{re.escape(str(place / file))} {words}; {re.escape(way)}$"):
+            tracker.deliver("FINISHED")
+    child = runs(storage)[1]["one"]
+    assert artifacts(storage, child, "dictionary") == set()
+    assert owed(ledger) == Owed(0, 0, anything=True)
+    ledger.discard_result("one", "its dictionary is gone")
+    ledger.start("one", "pack-1", {})
+    finish(ledger, "one", l0=16.0, kl=0.1, attempt=2)
+    tracker.deliver("FINISHED")
+    assert text_of(storage, child.info.run_id, "dictionary/transcoder.safetensors") == "one 0.1"
+    assert artifacts(storage, child, "dictionary") == DICTIONARY_FILES
+    assert owed(ledger) == Owed(0, 0, anything=False)
+
+
+def test_what_is_trained_anew_to_the_same_hash_is_sent_whole(storage: Path, ledger: Ledger) -> None:
+    tracker = Tracker(None, storage, ledger)
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.1)
+    tracker.deliver("FINISHED")
+    child, before = runs(storage)[1]["one"], ledger.training("one")
+    (there,) = storage.glob("mlflow-artifacts/**/transcoder.safetensors")
+    there.write_text("damaged in the store")
+    ledger.discard_result("one", "its dictionary is gone")
+    ledger.start("one", "pack-1", {})
+    finish(ledger, "one", l0=16.0, kl=0.1, attempt=2)
+    assert ledger.training("one").dictionary_sha256 == before.dictionary_sha256
+    tracker.deliver("FINISHED")
+    assert text_of(storage, child.info.run_id, "dictionary/transcoder.safetensors") == "one 0.1"
 
 
 def test_what_is_owed_is_known_without_asking_mlflow(storage: Path, ledger: Ledger) -> None:
@@ -133,11 +201,50 @@ def test_what_another_store_held_is_no_longer_taken_for_delivered(storage: Path,
     with pytest.raises(TrackingUnavailable):
         Tracker(f"sqlite:///{storage}/nowhere/mlflow.db", storage, ledger).deliver("KILLED")
     before = ledger.delivered()
-    client_of(storage).delete_run(runs(storage)[0].info.run_id)
+    parent, children = runs(storage)
+    for run in (parent, *children.values()):
+        client_of(storage).delete_run(run.info.run_id)
     Tracker(None, storage, ledger).deliver()
     assert not before.keys() & ledger.delivered().keys()
     ledger.report("one", 500, {"loss": 0.9}, seconds=1.0)
     assert owed(ledger) == Owed(1, 1, anything=True)
+
+
+@pytest.mark.parametrize("left", ["notes", "deleted run"])
+def test_trainings_below_a_parent_that_was_deleted_go_below_the_new_one(
+    storage: Path, ledger: Ledger, left: str
+) -> None:
+    """And those of another storage's sweep stay where they are."""
+    for name, k in (("one", 16), ("two", 8)):
+        start(ledger, name, k=k)
+        ledger.report(name, 500, {"loss": 0.9}, seconds=1.0)
+        finish(ledger, name, l0=float(k), kl=1.0 / k)
+    other = Ledger(storage / "other" / "ledger.sqlite")
+    other.open_sweep("l1", {}, None, {})
+    other.open_study("study", "transcoder", 8, IDENTITY, model="m", corpus="c")
+    other.set_reference("study", REFERENCE)
+    start(other, "one")
+    Tracker(None, storage, ledger).deliver("FINISHED")
+    Tracker(None, storage, other).deliver("KILLED")
+    client, notes = client_of(storage), ledger.delivered()
+    experiment = client.get_experiment_by_name("l1").experiment_id
+
+    def below(sweep: Ledger) -> dict[str, str]:
+        found = client.search_runs([experiment])
+        (parent,) = [run for run in found if run.data.tags.get("qk.sweep") == sweep.sweep().run_tag]
+        mine = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        return {run.info.run_id: run.data.tags["qk.training_id"] for run in mine}
+
+    before, others = below(ledger), below(other)
+    (parent,) = notes.keys() - before.keys()
+    client.delete_run(parent)
+    if left == "deleted run":
+        ledger.forget_delivered(())
+    Tracker(None, storage, ledger).deliver("FINISHED")
+    assert below(ledger) == before and below(other) == others
+    assert len(client.search_runs([experiment])) == 5
+    assert {run_id: notes[run_id] for run_id in before}.items() <= ledger.delivered().items()
+    assert [(point.step, point.value) for point in client.get_metric_history(min(before), "loss")] == [(500, 0.9)]
 
 
 def test_an_experiment_that_was_deleted_is_answered_with_the_way_out(storage: Path, ledger: Ledger) -> None:

@@ -15,11 +15,16 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
+from orchestrator import load_dictionary
+from orchestrator.choice import apply_rule, parse_rule
 from orchestrator.ledger import Ledger
+from orchestrator.registry import register
+from orchestrator.status import study_statuses
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable
 from orchestrator.tracking_thread import TrackingThread
+from tests.orchestrator.dictionaries import make_sweep
 from tests.orchestrator.tracking_world import start
 from tests.system.services import MlflowServer
 
@@ -41,8 +46,13 @@ def test_a_dead_server_is_said_quickly_in_one_line_without_the_password(storage:
         (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", "it answers 500"),
         (b"", "it closes connections"),
         (None, "it takes too long to answer"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "it answers 404"),
+        (
+            b"HTTP/1.1 302 Found\r\nLocation: /again\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+            "it sends from one address to another",
+        ),
     ],
-    ids=["500", "closes", "silent"],
+    ids=["500", "closes", "silent", "404", "redirects"],
 )
 def test_a_failing_server_is_said_in_a_few_words(
     storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, reason: str
@@ -52,6 +62,40 @@ def test_a_failing_server_is_said_in_a_few_words(
     with failing_server(answer) as address, pytest.raises(TrackingUnavailable) as caught:
         Tracker(address, storage, ledger).deliver()
     assert str(caught.value) == f"MLflow at {address} cannot be used now: {reason}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "{}", "[]", "<html>", '{"experiment": 5}', '{"experiment": {"experiment_id": "1"}}', '{"model_version": 5}'],
+)
+def test_what_is_no_mlflow_server_is_said_and_nothing_is_forgotten(
+    storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    monkeypatch.chdir(storage.parent)
+    chosen = make_sweep(storage)
+    Tracker(None, storage, ledger).deliver("FINISHED")
+    before = ledger.delivered()
+    answer = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
+    with failing_server(answer) as address:
+        for attempt in (
+            lambda: Tracker(address, storage, ledger).deliver("FINISHED"),
+            lambda: register(address, storage, chosen, apply_rule(study_statuses(chosen), parse_rule("knee"))),
+            lambda: load_dictionary("models:/qk.smollm2-135m.L08@knee", address),
+        ):
+            with pytest.raises(TrackingUnavailable) as caught:
+                attempt()
+            assert str(caught.value) == f"MLflow at {address} cannot be used now: this is no MLflow server"
+    assert ledger.delivered() == before
+    assert owed(ledger) == Owed(0, 0, anything=False)
+
+
+def test_a_server_that_asks_for_a_password_is_said_with_what_to_set(storage: Path, ledger: Ledger) -> None:
+    head = b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic\r\n"
+    answer = head + b"Content-Length: 4\r\nConnection: close\r\n\r\nwho?"
+    with failing_server(answer) as address, pytest.raises(TrackingUnavailable) as caught:
+        Tracker(address, storage, ledger).deliver()
+    variables = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    assert str(caught.value) == f"MLflow at {address} asks for a password: set {variables}"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A sweep's ledger with made-up trainings, and what MLflow shows of it."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from mlflow.entities import Run
 
 from orchestrator.ledger import Ledger
 from orchestrator.tracking_store import tracking_address
+from qkmodel.dictionary import ATTENTION_FILE, CONFIG_FILE, TRANSCODER_FILE
 
+DICTIONARY_FILES = {f"dictionary/{name}" for name in (TRANSCODER_FILE, ATTENTION_FILE, CONFIG_FILE)}
 REFERENCE = {"kl_baseline": 2.0, "l0_cap": 128.0}
 IDENTITY = {"corpus": {"context": 128}, "training": {"tokens": 1000}, "seed": 3}
 
@@ -19,12 +22,25 @@ def start(ledger: Ledger, training_id: str, k: int = 16, study: str = "study") -
     ledger.start(training_id, "pack-0", {"device": "cpu"})
 
 
-def finish(ledger: Ledger, training_id: str, l0: float, kl: float, attempt: int = 1) -> None:
+def finish(ledger: Ledger, training_id: str, l0: float, kl: float, attempt: int = 1, **metrics: float) -> None:
+    """`attempt` is in the dictionary's place; each has the same content."""
     place = f"dictionaries/{training_id}-{attempt}"
-    (ledger.folder / place).mkdir(parents=True)
-    (ledger.folder / place / "weights.safetensors").write_text(f"{training_id} {attempt}")
-    metrics = {"kl": kl, "l0": l0, "kl_recovered": 1 - kl / 2, "ce_recovered": None}
-    ledger.finish(training_id, metrics, place, str(attempt) * 64)
+    metrics |= {"kl": kl, "l0": l0, "kl_recovered": 1 - kl / 2, "ce_recovered": None}
+    ledger.finish(training_id, metrics, place, write_dictionary(ledger.folder / place, f"{training_id} {kl}"))
+
+
+def write_dictionary(folder: Path, content: str) -> str:
+    """Files whose hashes are those recorded, though they hold no tensors; the hash that fixes them all."""
+    folder.mkdir(parents=True)
+    for name in (TRANSCODER_FILE, ATTENTION_FILE):
+        (folder / name).write_text(content)
+    config = json.dumps({"files": dict.fromkeys((TRANSCODER_FILE, ATTENTION_FILE), sha256(content))})
+    (folder / CONFIG_FILE).write_text(config)
+    return sha256(config)
+
+
+def sha256(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def client_of(storage: Path) -> MlflowClient:
