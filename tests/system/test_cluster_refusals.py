@@ -68,7 +68,7 @@ def test_a_ray_cluster_that_cannot_be_reached_lets_nobody_in_or_has_no_place(
             ({"storage": "/proc/runs"}, "storage: /proc cannot be written to"),
             (
                 {"python": "/usr/bin/python3"},
-                "python: /usr/bin/python3 on the cluster's head does not have this program",
+                "python: /usr/bin/python3 on the cluster's head does not have",
             ),
         ]
     ):
