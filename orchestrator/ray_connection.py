@@ -70,7 +70,11 @@ def ask_cluster(storage: Path, pack: PackResources) -> int | None:
         there = next(parent for parent in (storage, *storage.parents) if parent.is_dir())
         with tempfile.NamedTemporaryFile(dir=there, prefix=".shared-") as marker:
             _check_nodes(storage, Path(marker.name))
-        return max(packs_may_come(), Capacity(pack).held())
+        packs = max(packs_may_come(), Capacity(pack).held())
+    if packs == 0:
+        gpus = f" and {pack.gpu:g} GPUs" if pack.gpu else ""
+        raise InputError(f"resources.pack: no node of the cluster has {pack.cpu:g} CPUs{gpus} for a pack; ask for less")
+    return packs
 
 
 def _check_nodes(storage: Path, marker: Path) -> None:

@@ -1,6 +1,5 @@
 """Serving pages about a sweep on this machine's loopback address until somebody ends it."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -9,11 +8,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from orchestrator.process_end import end_with_parent
 from qkmodel.errors import InputError
 
 CHECK_SECONDS = 0.5
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
 def require_free(port: int) -> None:
@@ -32,12 +30,10 @@ def serve(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> 
     own = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    # Linux alone ends a child with its parent, however that ends
-    ends_with_this = _end_with_parent if sys.platform == "linux" else None
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
-            processes.append(subprocess.Popen(command, env=own | environment, preexec_fn=ends_with_this))
+            processes.append(subprocess.Popen(command, env=own | environment, preexec_fn=end_with_parent()))
         while all(process.poll() is None for process in processes):
             time.sleep(CHECK_SECONDS)
         return False
@@ -48,10 +44,6 @@ def serve(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> 
             process.terminate()
         for process in processes:
             process.wait()
-
-
-def _end_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def mlflow_environment(address: str) -> dict[str, str]:

@@ -6,6 +6,11 @@ from typing import Protocol
 from orchestrator.cluster.config import Cluster, KubeRayCluster, LocalCluster, RayCluster, SlurmCluster
 from orchestrator.cluster.job import Job, JobStatus
 from orchestrator.config import SweepConfig
+from qkmodel.errors import InputError
+
+
+class NoAnswer(InputError):
+    """A cluster did not answer in time; what it was told may have reached it."""
 
 
 class Backend(Protocol):
@@ -17,8 +22,8 @@ class Backend(Protocol):
     def script(self, job: Job, config: SweepConfig) -> str:
         """What is handed over, for a person to read."""
 
-    def submit(self, job: Job) -> str:
-        """Hands the job over; returns its name there."""
+    def submit(self, job: Job) -> None:
+        """Hands the job over under its handle. Raises NoAnswer where it may have arrived all the same."""
 
     def status(self, job: Job) -> JobStatus:
         """Where it is. A job of which nobody knows any more is `lost`."""

@@ -6,20 +6,45 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
+from orchestrator.addresses import redact_url, require_readable
 from orchestrator.validation import explain
 from orchestrator.yaml_file import read_mapping
 from qkmodel.configs import Number, Text, WholeNumber
 from qkmodel.errors import InputError
+from qkmodel.files import user_path
 from qkmodel.schema import Schema
 
 FOLDER = Path("clusters")
 LOCAL = "local"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_SECRET = re.compile(r"PASSWORD|TOKEN$|SECRET|CREDENTIAL|API_?KEY", re.IGNORECASE)
+_SECRET = re.compile(r"PASS|PWD|TOKEN$|SECRET|CREDENTIAL|_PAT$|KEY$", re.IGNORECASE)
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}", re.ASCII)
 # what the batch script says itself
-_OWN_OPTIONS = ("job-name", "output", "error", "nodes", "ntasks", "ntasks-per-node", "requeue", "no-requeue", "signal")
-_OWN_OPTIONS += ("partition", "account", "time", "gpus-per-node", "cpus-per-task", "mem", "chdir", "parsable", "wrap")
+_OWN_OPTIONS = [
+    "job-name",
+    "output",
+    "error",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "array",
+    "wait",
+    "test-only",
+    "clusters",
+    "open-mode",
+    "partition",
+    "account",
+    "time",
+    "gpus-per-node",
+    "cpus-per-task",
+    "mem",
+    "chdir",
+    "parsable",
+    "wrap",
+]
 
 
 class _Cluster(Schema):
@@ -36,15 +61,18 @@ class _Cluster(Schema):
     def _folder(cls, storage: str | None) -> str | None:
         if storage is not None and "://" in storage:
             raise ValueError("must be the path of a folder")
+        if storage is not None:
+            user_path("storage", storage)
         return storage
 
-    @field_validator("environment")
+    @field_validator("environment", mode="before")
     @classmethod
-    def _variables(cls, environment: dict[str, str]) -> dict[str, str]:
-        for name in environment:
-            if not _VARIABLE.fullmatch(name):
+    def _variables(cls, environment: object) -> object:
+        # before, so that no complaint about a value shows it
+        for name, value in environment.items() if isinstance(environment, dict) else ():
+            if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
                 raise ValueError(f"{name} is no name of an environment variable")
-            if _SECRET.search(name):
+            if _SECRET.search(name) or redact_url(str(value)) != str(value):
                 raise InputError(
                     f"environment.{name}: looks like a secret, which would lie in files; have the cluster set it "
                     "(a file only you can read, or a Kubernetes secret), or name a file that holds it"
@@ -73,12 +101,21 @@ class RayCluster(_Cluster):
     working_directory: Text | None = None
     packages: tuple[Text, ...] = ()
 
+    @field_validator("address")
+    @classmethod
+    def _readable(cls, address: str) -> str:
+        try:
+            require_readable(address)
+        except InputError:
+            raise ValueError("has a host or a port that cannot be read") from None
+        return address
+
 
 class SlurmCluster(_Cluster):
     """A SLURM cluster, through `sbatch` on this machine.
 
-    `setup` are shell lines run on every node before the sweep; `options` further options of sbatch, as on its command
-    line; `grace_seconds` before the time limit the job is told to end, so that it continues in another.
+    `setup` are shell lines run on the first node before the sweep; `options` further options of sbatch, as on its
+    command line; `grace_seconds` before the time limit the job is told to end, so that it continues in another.
     """
 
     backend: Literal["slurm"]
@@ -144,6 +181,18 @@ class KubeRayCluster(_Cluster):
     secrets: tuple[Text, ...] = ()
     retries: Annotated[WholeNumber, Field(ge=0)] = 3
 
+    @field_validator("mount")
+    @classmethod
+    def _without_a_last_slash(cls, mount: str) -> str:
+        return mount.rstrip("/")
+
+    @field_validator("workers")
+    @classmethod
+    def _no_more_than_most(cls, workers: WorkerGroup) -> WorkerGroup:
+        if workers.least > workers.most:
+            raise ValueError(f"least {workers.least} is more than most {workers.most}")
+        return workers
+
 
 Cluster = Annotated[LocalCluster | RayCluster | SlurmCluster | KubeRayCluster, Field(discriminator="backend")]
 _KINDS = {"local": LocalCluster, "ray": RayCluster, "slurm": SlurmCluster, "kuberay": KubeRayCluster}
@@ -169,7 +218,7 @@ def load_cluster(name: str) -> Cluster:
     try:
         return _KINDS[kind].model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error, values, _KINDS[kind])}") from None
+        raise InputError(redact_url(f"{path}: {explain(error, values, _KINDS[kind])}")) from None
 
 
 def cluster_from_record(values: dict[str, Any]) -> Cluster:

@@ -5,18 +5,21 @@ runs/jobs/l1-3/
   sweep.yaml       the sweep file with presets and overrides resolved: later edits of the file do not reach the job
   log              what the sweep said, for backends that write files
   process.json     where it runs now; exit.json: how it ended
-  cancelled        there once somebody asked for its end
+  cancelled        there once somebody asked for its end; over.json: its last state, once that was seen
 """
 
+import contextlib
 import itertools
 import json
 import os
+import re
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import ValidationError
 
 from orchestrator.cluster.config import Cluster
@@ -27,7 +30,7 @@ from qkmodel.schema import Schema
 
 JOBS = Path("runs") / "jobs"
 RECORD, SWEEP, LOG = "job.json", "sweep.yaml", "log"
-PROCESS, EXIT, CANCELLED = "process.json", "exit.json", "cancelled"
+PROCESS, EXIT, CANCELLED, OVER_FILE = "process.json", "exit.json", "cancelled", "over.json"
 
 State = Literal["pending", "running", "finished", "failed", "interrupted", "cancelled", "lost", "unknown"]
 OVER: tuple[State, ...] = ("finished", "failed", "interrupted", "cancelled", "lost")
@@ -35,7 +38,7 @@ INTERRUPTED_CODES = (130, 143)
 
 
 class JobRecord(Schema):
-    """`handle` is the backend's own name for the job, None while it is being handed over."""
+    """`handle` is what the job is called on the cluster: made up beforehand, so that a job is never without."""
 
     format: Literal[1] = 1
     sweep: str
@@ -44,7 +47,7 @@ class JobRecord(Schema):
     storage: str
     working_directory: str
     submitted: datetime
-    handle: str | None = None
+    handle: str
 
 
 class ProcessRecord(Schema):
@@ -61,8 +64,7 @@ class ExitRecord(Schema):
     code: int
 
 
-@dataclass(frozen=True)
-class JobStatus:
+class JobStatus(Schema):
     """A state, and what else the backend says in a few words."""
 
     state: State
@@ -92,15 +94,28 @@ class Job:
     def is_cancelled(self) -> bool:
         return (self.folder / CANCELLED).exists()
 
-    def mark_cancelled(self) -> None:
-        """Said first, so that whatever ends the job from now on is this."""
-        (self.folder / CANCELLED).touch()
+    @contextlib.contextmanager
+    def cancelling(self) -> Iterator[None]:
+        """Marked first, so that whatever ends the job from now on is this; a block that fails takes the mark away."""
+        mark = self.folder / CANCELLED
+        mark.touch()
+        try:
+            yield
+        except InputError:
+            mark.unlink()
+            raise
 
-    def with_handle(self, handle: str) -> "Job":
-        """The same job once the backend has taken it."""
-        record = self.record.model_copy(update={"handle": handle})
-        write_atomically(self.folder / RECORD, record.model_dump_json(indent=1).encode())
-        return Job(self.folder, record)
+    def over(self) -> JobStatus | None:
+        """The state in which it was found to be over, which no cluster has to remember."""
+        return _read(self.folder / OVER_FILE, JobStatus)
+
+    def keep_over(self, status: JobStatus) -> None:
+        """Kept for `over`."""
+        write_atomically(self.folder / OVER_FILE, status.model_dump_json().encode())
+
+    def unless_cancelled(self, status: JobStatus) -> JobStatus:
+        """What a job that is over is, whoever ended it."""
+        return JobStatus(state="cancelled") if self.is_cancelled else status
 
     def process(self) -> ProcessRecord | None:
         return _read(self.folder / PROCESS, ProcessRecord)
@@ -113,17 +128,24 @@ class Job:
     def status_of_exit(self, code: int) -> JobStatus:
         """What an exit code of `orchestrate sweep` means."""
         if code == 0:
-            return JobStatus("finished")
+            return JobStatus(state="finished")
         if self.is_cancelled:
-            return JobStatus("cancelled")
+            return JobStatus(state="cancelled")
         if code in INTERRUPTED_CODES:
-            return JobStatus("interrupted", "submit it again to go on")
-        return JobStatus("failed", f"exit code {code}: orchestrate logs {self.id}")
+            return JobStatus(state="interrupted", detail="submit it again to go on")
+        return JobStatus(state="failed", detail=f"exit code {code}: orchestrate logs {self.id}")
 
 
 def resolved_yaml(config: SweepConfig) -> str:
     """A sweep file that loads as `config`; what the person left out is left out."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    # JSON is YAML in which text like 1e5 stays text
+    return json.dumps(config.model_dump(mode="json", exclude_unset=True), indent=2, ensure_ascii=False) + "\n"
+
+
+def new_handle(sweep: str) -> str:
+    """A name that nothing else has on any cluster, and that each of them takes."""
+    slug = re.sub(r"[^a-z0-9]+", "-", sweep.lower()).strip("-")[:25].strip("-")
+    return f"qk-{slug}-{uuid.uuid4().hex[:8]}"
 
 
 def new_job(config: SweepConfig, cluster_name: str, cluster: Cluster) -> Job:
@@ -143,6 +165,7 @@ def new_job(config: SweepConfig, cluster_name: str, cluster: Cluster) -> Job:
         storage=config.storage,
         working_directory=os.getcwd(),
         submitted=datetime.now().astimezone(),
+        handle=new_handle(config.name),
     )
     # `tracking` may hold a password
     write_atomically(folder / SWEEP, resolved_yaml(config).encode())
@@ -176,6 +199,7 @@ def all_jobs() -> tuple[list[Job], list[str]]:
 
 def _read(path: Path, schema: type[Schema]):
     try:
-        return schema.model_validate(json.loads(path.read_text()))
-    except FileNotFoundError:
+        return schema.model_validate_json(path.read_text())
+    except (OSError, ValueError):
+        # not there, or damaged, which is as good as not there
         return None

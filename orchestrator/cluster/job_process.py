@@ -14,18 +14,26 @@ from pathlib import Path
 import psutil
 
 from orchestrator.cluster.job import EXIT, PROCESS, SWEEP, ExitRecord, ProcessRecord
+from orchestrator.process_end import end_with_parent
 from qkmodel.files import write_atomically
+
+
+def write_process(folder: Path, process: psutil.Process) -> None:
+    """Writes down where a job runs."""
+    record = ProcessRecord(host=socket.gethostname(), pid=process.pid, created=process.create_time())
+    write_atomically(folder / PROCESS, record.model_dump_json().encode())
 
 
 def main(folder: Path) -> int:
     """Runs to the sweep's end; its exit code."""
     (folder / EXIT).unlink(missing_ok=True)
-    itself = ProcessRecord(host=socket.gethostname(), pid=psutil.Process().pid, created=psutil.Process().create_time())
-    write_atomically(folder / PROCESS, itself.model_dump_json().encode())
+    write_process(folder, psutil.Process())
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: asked.append(received))
-    sweep = subprocess.Popen([sys.executable, "-m", "orchestrator", "sweep", str(folder / SWEEP)])
+    command = [sys.executable, "-m", "orchestrator", "sweep", str(folder / SWEEP)]
+    # killed alone, it would leave a sweep that nobody can cancel
+    sweep = subprocess.Popen(command, preexec_fn=end_with_parent())
     code = None
     while code is None:
         while asked:

@@ -4,9 +4,7 @@ KubeRay may build the Ray cluster anew (`backoffLimit`): the sweep then goes on 
 """
 
 import json
-import re
 import subprocess
-import uuid
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import yaml
 
 from orchestrator.addresses import redact_url
+from orchestrator.cluster.backend import NoAnswer
 from orchestrator.cluster.config import KubeRayCluster, NodeShape
 from orchestrator.cluster.job import SWEEP, Job, JobStatus, State, resolved_yaml
 from orchestrator.config import SweepConfig, load_sweep
@@ -65,27 +64,25 @@ class KubeRayBackend:
             raise InputError(f"namespace: you may not create RayJobs in {self._cluster.namespace}")
 
     def script(self, job: Job, config: SweepConfig) -> str:
-        return _as_yaml(self.manifests(config, "qk-NAME"))
+        return _as_yaml(self.manifests(config, job.record.handle))
 
-    def submit(self, job: Job) -> str:
-        slug = re.sub(r"[^a-z0-9]+", "-", job.record.sweep.lower()).strip("-")[:25].strip("-")
-        name = f"qk-{slug}-{uuid.uuid4().hex[:8]}"
-        self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(load_sweep(job.sweep_file), name)))
-        return name
+    def submit(self, job: Job) -> None:
+        self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(load_sweep(job.sweep_file), job.record.handle)))
 
     def status(self, job: Job) -> JobStatus:
         answer = self._ask("get", "rayjob", str(job.record.handle), "--output=json", gone="NotFound")
         if not answer:
-            return JobStatus("cancelled") if job.is_cancelled else JobStatus("lost", "Kubernetes no longer knows it")
+            return job.unless_cancelled(JobStatus(state="lost", detail="Kubernetes no longer knows it"))
         status = json.loads(answer).get("status") or {}
         deployment, detail = status.get("jobDeploymentStatus") or "", f"RayJob {job.record.handle}"
-        if deployment == "Suspended":
-            return JobStatus("cancelled") if job.is_cancelled else JobStatus("interrupted", f"{detail} is suspended")
+        # a stopped Ray job counts as complete there
+        if deployment == "Suspended" or (deployment == "Complete" and status.get("jobStatus") == "STOPPED"):
+            return job.unless_cancelled(JobStatus(state="interrupted", detail=f"{detail} was stopped"))
         state = _STATES.get(deployment, "unknown")
         if state == "failed":
             said = " ".join(str(status.get("message") or status.get("reason") or "").split())
-            return JobStatus(state, said or detail)
-        return JobStatus(state, "" if state == "finished" else f"{detail}, {deployment or 'new'}")
+            return JobStatus(state=state, detail=said or detail)
+        return JobStatus(state=state, detail="" if state == "finished" else f"{detail}, {deployment or 'new'}")
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
         # KubeRay's submitter, a Kubernetes job of the same name, prints what the sweep prints
@@ -119,7 +116,7 @@ class KubeRayBackend:
             "template": self._pod("ray-head", cluster.head, name, {AUTOSCALING: str(packs)} if scaling else {}),
         }
         spec = {
-            "entrypoint": f"python -m orchestrator sweep {FOLDER}/{SWEEP}",
+            "entrypoint": f"env -u OMP_NUM_THREADS python -m orchestrator sweep {FOLDER}/{SWEEP}",
             "backoffLimit": cluster.retries,
             "shutdownAfterJobFinishes": True,
             "rayClusterSpec": {
@@ -177,7 +174,7 @@ class KubeRayBackend:
         except FileNotFoundError:
             raise InputError("kubectl: is not installed here; it is what this backend asks the cluster with") from None
         except subprocess.TimeoutExpired:
-            raise InputError(f"kubectl: the cluster did not answer within {ANSWER_SECONDS:.0f} s") from None
+            raise NoAnswer(f"kubectl: the cluster did not answer within {ANSWER_SECONDS:.0f} s") from None
         # `auth can-i` says no with an exit code
         if ran.returncode != 0 and ran.stdout.strip() != "no":
             complaint = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"

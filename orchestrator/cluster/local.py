@@ -1,23 +1,23 @@
 """Jobs on this machine: a process in the background that outlives the terminal."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import psutil
 
 from orchestrator.cluster.config import LocalCluster
 from orchestrator.cluster.job import Job, JobStatus
+from orchestrator.cluster.job_process import write_process
 from orchestrator.cluster.log_file import follow_file
 from orchestrator.config import SweepConfig
 from orchestrator.plan import make_plan
 from qkmodel.errors import InputError
 
-START_SECONDS = 10.0
 # a sweep ends within ten seconds of SIGTERM
 END_SECONDS = 15.0
 
@@ -34,7 +34,7 @@ class LocalBackend:
     def script(self, job: Job, config: SweepConfig) -> str:
         return " ".join(_command(job))
 
-    def submit(self, job: Job) -> str:
+    def submit(self, job: Job) -> None:
         with job.log.open("ab") as log:
             process = subprocess.Popen(
                 _command(job),
@@ -46,7 +46,8 @@ class LocalBackend:
                 # its own session: the terminal's end is not its own
                 start_new_session=True,
             )
-        return str(process.pid)
+        # by this one too: a job can be cancelled before it has come to write it
+        write_process(job.folder, psutil.Process(process.pid))
 
     def status(self, job: Job) -> JobStatus:
         ended = job.ended()
@@ -54,27 +55,29 @@ class LocalBackend:
             return ended
         record = job.process()
         if record is None:
-            age = time.time() - job.record.submitted.timestamp()
-            return JobStatus("pending") if age < START_SECONDS else JobStatus("lost", "it never started")
+            return JobStatus(state="lost", detail="it never started; submit it again")
         if record.host != socket.gethostname():
-            return JobStatus("unknown", f"runs on {record.host}")
+            return JobStatus(state="unknown", detail=f"runs on {record.host}")
         if _process(job) is not None:
-            return JobStatus("running", f"process {record.pid}")
+            return JobStatus(state="running", detail=f"process {record.pid}")
         # it may have ended since the file was looked for
-        lost = JobStatus("lost", "killed; submit it again to go on")
-        return job.ended() or (JobStatus("cancelled") if job.is_cancelled else lost)
+        lost = JobStatus(state="lost", detail="killed; submit it again to go on")
+        return job.ended() or job.unless_cancelled(lost)
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
-        return follow_file(job.log, follow, lambda: self.status(job).state not in ("pending", "running"))
+        return follow_file(job.log, follow, lambda: self.status(job).state != "running")
 
     def cancel(self, job: Job) -> None:
-        process = _process(job)
+        record, process = job.process(), _process(job)
+        if record is not None and record.host != socket.gethostname():
+            raise InputError(f"{job.id}: runs on {record.host}; cancel it there")
         if process is None:
             raise InputError(f"{job.id}: does not run here; orchestrate jobs says where it is")
-        process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs([process], timeout=END_SECONDS)
-        if alive:
-            for one in [*process.children(recursive=True), process]:
+        # it may end by itself at any moment
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+            _, alive = psutil.wait_procs([process], timeout=END_SECONDS)
+            for one in [*process.children(recursive=True), process] if alive else []:
                 one.kill()
 
 

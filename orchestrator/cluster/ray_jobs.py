@@ -4,26 +4,27 @@ import contextlib
 import logging
 import shlex
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import requests
 from ray._private.runtime_env import packaging
 from ray.dashboard.modules import dashboard_sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.job_submission import JobStatus as RayStatus
 
+from orchestrator.cluster.backend import NoAnswer
 from orchestrator.cluster.config import RayCluster
 from orchestrator.cluster.job import SWEEP, Job, JobStatus
 from orchestrator.config import SweepConfig
 from qkmodel.errors import InputError
+from qkmodel.files import user_path
 
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 10.0
 # a job of a busy cluster begins late, and this one is not worth waiting for
 PROBE_SECONDS = 8.0
 POLL_SECONDS = 1.0
@@ -45,6 +46,9 @@ class RayBackend:
                 f"storage: {config.storage} is relative, and the sweep runs elsewhere; write the absolute path of a "
                 "folder that all nodes share, in the sweep file or in the cluster's"
             )
+        wanted = self._cluster.working_directory
+        if wanted is not None and not user_path("working_directory", wanted).is_dir():
+            raise InputError(f"working_directory: {wanted}: there is no such folder")
         self._probe(config.storage)
 
     def _probe(self, storage: str) -> None:
@@ -58,8 +62,8 @@ class RayBackend:
                     client.stop_job(name)
                     return
                 time.sleep(0.2)
-        if details.status != RayStatus.SUCCEEDED:
             said = client.get_job_logs(name).strip().splitlines() or [str(details.message)]
+        if details.status != RayStatus.SUCCEEDED:
             if "No module named" in said[-1]:
                 raise InputError(
                     f"python: {self._cluster.python} on the cluster's head does not have this program; name the "
@@ -73,10 +77,11 @@ class RayBackend:
             lines.append(f"working directory: {Path(self._cluster.working_directory).expanduser().absolute()}")
         return "\n".join([*lines, *(f"{key}: {value}" for key, value in self._runtime_env(None).items())])
 
-    def submit(self, job: Job) -> str:
+    def submit(self, job: Job) -> None:
         client = self._client()
         with _one_line(self._cluster.address), self._upload(job) as folder:
-            return client.submit_job(
+            client.submit_job(
+                submission_id=job.record.handle,
                 entrypoint=_entrypoint(self._cluster.python),
                 runtime_env=self._runtime_env(folder),
                 metadata={"sweep": job.record.sweep},
@@ -89,7 +94,7 @@ class RayBackend:
             except RuntimeError as error:
                 if "does not exist" not in str(error):
                     raise
-                return JobStatus("lost", "the cluster no longer knows it; submit it again to go on")
+                return JobStatus(state="lost", detail="the cluster no longer knows it; submit it again to go on")
         return _status(job, details)
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
@@ -112,24 +117,15 @@ class RayBackend:
     def _client(self) -> JobSubmissionClient:
         cluster, headers = self._cluster, {}
         if cluster.token_file is not None:
-            token = Path(cluster.token_file).expanduser()
+            token = user_path("token_file", cluster.token_file)
             if not token.is_file():
                 raise InputError(f"token_file: {token}: there is no such file; it holds the cluster's token")
-            headers = {"Authorization": f"Bearer {token.read_text().strip()}"}
+            headers = {"Authorization": f"Bearer {_read_token(token)}"}
         # what it uploads and connects to is no news to a person
         for talkative in (dashboard_sdk, packaging):
             logging.getLogger(talkative.__name__).setLevel(logging.WARNING)
-        parts = urlsplit(cluster.address)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            socket.create_connection((parts.hostname, port), ANSWER_SECONDS).close()
-        except OSError as error:
-            raise InputError(
-                f"{cluster.address}: nobody answers ({error.strerror or error}); the address is that of the Ray "
-                "cluster's dashboard, port 8265 as a rule"
-            ) from None
         with _one_line(cluster.address):
-            return JobSubmissionClient(cluster.address.rstrip("/"), headers=headers)
+            return _Client(cluster.address.rstrip("/"), headers=headers)
 
     def _runtime_env(self, folder: Path | None) -> dict[str, object]:
         settings: dict[str, object] = {
@@ -148,11 +144,29 @@ class RayBackend:
             folder = Path(parent) / "job"
             wanted = self._cluster.working_directory
             if wanted is not None:
-                shutil.copytree(Path(wanted).expanduser(), folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+                left_out = shutil.ignore_patterns(*_LEFT_OUT)
+                shutil.copytree(Path(wanted).expanduser(), folder, symlinks=True, ignore=left_out)
             else:
                 folder.mkdir()
             shutil.copy(job.sweep_file, folder / SWEEP)
             yield folder
+
+
+class _Client(JobSubmissionClient):
+    """Ray's own, which would wait for an answer for ever."""
+
+    def _do_request(self, *arguments: Any, **settings: Any) -> requests.Response:
+        return super()._do_request(*arguments, timeout=ANSWER_SECONDS, **settings)
+
+
+def _read_token(file: Path) -> str:
+    try:
+        token = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeError):
+        token = ""
+    if not token or not token.isprintable() or " " in token:
+        raise InputError(f"token_file: {file}: does not hold a token: one line of letters and digits")
+    return token
 
 
 def _submit_before(deadline: float, client: JobSubmissionClient, **job: Any) -> str:
@@ -174,16 +188,17 @@ def _entrypoint(python: str) -> str:
 def _status(job: Job, details: JobDetails) -> JobStatus:
     match details.status:
         case RayStatus.PENDING:
-            return JobStatus("pending")
+            return JobStatus(state="pending")
         case RayStatus.RUNNING:
-            return JobStatus("running", f"Ray job {job.record.handle}")
+            return JobStatus(state="running", detail=f"Ray job {job.record.handle}")
         case RayStatus.STOPPED:
-            return JobStatus("cancelled") if job.is_cancelled else JobStatus("interrupted", "stopped by somebody else")
+            return job.unless_cancelled(JobStatus(state="interrupted", detail="stopped by somebody else"))
         case RayStatus.SUCCEEDED:
-            return JobStatus("finished")
+            return JobStatus(state="finished")
     if details.driver_exit_code is not None:
         return job.status_of_exit(details.driver_exit_code)
-    return JobStatus("cancelled") if job.is_cancelled else JobStatus("lost", str(details.message).splitlines()[0])
+    said = next(iter(str(details.message).splitlines()), "")
+    return job.unless_cancelled(JobStatus(state="lost", detail=said))
 
 
 @contextlib.contextmanager
@@ -191,9 +206,22 @@ def _one_line(address: str) -> Iterator[None]:
     """What Ray complains of, as one line."""
     try:
         yield
+    except InputError:
+        # said already, and it is a ValueError
+        raise
     except AuthenticationError:
         raise InputError(
             f"{address}: the cluster does not let you in without its token; token_file names the file that holds it"
         ) from None
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, requests.ConnectionError) as error:
+        reason = "refused" if "refused" in str(error.__cause__ or error.__context__ or error) else "no connection"
+        raise InputError(
+            f"{address}: nobody answers ({reason}); the address is that of the Ray cluster's dashboard, port 8265 as a "
+            "rule"
+        ) from None
+    except requests.Timeout:
+        raise NoAnswer(f"{address}: the cluster did not answer within {ANSWER_SECONDS:.0f} s") from None
+    except (requests.RequestException, ValueError):
+        raise InputError(f"{address}: what answers there is no Ray cluster's dashboard") from None
+    except RuntimeError as error:
         raise InputError(f"{address}: {next(iter(str(error).splitlines()), type(error).__name__)}") from None

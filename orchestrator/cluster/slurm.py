@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 
 import jinja2
 
+from orchestrator.cluster.backend import NoAnswer
 from orchestrator.cluster.config import SlurmCluster
 from orchestrator.cluster.job import Job, JobStatus, State
 from orchestrator.cluster.log_file import follow_file
@@ -30,7 +32,6 @@ _STATES: dict[str, State] = {
     "STAGE_OUT": "running",
     "RESIZING": "running",
 }
-_UNKNOWN_JOB = "Invalid job id"
 
 
 class SlurmBackend:
@@ -53,9 +54,10 @@ class SlurmBackend:
         template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(text)
         return template.render(
             cluster=self._cluster,
-            sweep=job.record.sweep,
+            name=job.record.handle,
             folder=str(job.folder),
             python=shlex.quote(sys.executable),
+            python_folder=shlex.quote(str(Path(sys.executable).parent)),
             options=self._options(),
             quote=shlex.quote,
         )
@@ -71,48 +73,48 @@ class SlurmBackend:
         }
         return [*(f"--{name}={value}" for name, value in wanted.items() if value is not None), *cluster.options]
 
-    def submit(self, job: Job) -> str:
+    def submit(self, job: Job) -> None:
         # in a file's name % begins a pattern
         output = str(job.log).replace("%", "%%")
         where = (f"--chdir={job.record.working_directory}", f"--output={output}")
         answer = _ask("sbatch", "--parsable", *where, text=self._script(job))
-        # with several clusters under one controller it is ID;CLUSTER
-        return answer.strip().partition(";")[0]
+        if not answer.strip().partition(";")[0].isdigit():
+            raise InputError(
+                f"sbatch: answered {answer.strip() or 'nothing'}, where a job's number was to be; see options"
+            )
 
     def status(self, job: Job) -> JobStatus:
-        listed = _ask("squeue", "--noheader", f"--jobs={job.record.handle}", "--format=%T|%r|%N", gone=_UNKNOWN_JOB)
-        name, _, rest = listed.strip().partition("|")
-        reason, _, nodes = rest.partition("|")
+        listed = _ask("squeue", "--noheader", "--states=all", f"--name={job.record.handle}", "--format=%T|%r|%N|%A")
+        # requeued under the same number; the last one is the latest
+        name, reason, nodes, number = (listed.strip().splitlines() or ["|||"])[-1].split("|")
         if name in _STATES:
             state = _STATES[name]
             where = nodes if state == "running" else reason
-            return JobStatus(state, f"SLURM job {job.record.handle}, {where}".rstrip(", "))
+            return JobStatus(state=state, detail=f"SLURM job {number}, {where}".rstrip(", "))
         ended = job.ended()
         if ended is not None:
             return ended
-        if job.is_cancelled or name == "CANCELLED":
-            return JobStatus("cancelled")
+        if name == "CANCELLED":
+            return JobStatus(state="cancelled")
         why = f"SLURM says {name.lower()}" if name else "SLURM no longer knows it"
-        return JobStatus("lost", f"{why}; submit it again to go on")
+        return job.unless_cancelled(JobStatus(state="lost", detail=f"{why}; submit it again to go on"))
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
         return follow_file(job.log, follow, lambda: self.status(job).state not in ("pending", "running"))
 
     def cancel(self, job: Job) -> None:
-        _ask("scancel", str(job.record.handle), gone=_UNKNOWN_JOB)
+        _ask("scancel", f"--name={job.record.handle}")
 
 
-def _ask(*command: str, text: str | None = None, gone: str | None = None) -> str:
-    """What a command of SLURM answers; empty where it complains with the words `gone`. Raises InputError."""
+def _ask(*command: str, text: str | None = None) -> str:
+    """What a command of SLURM answers. Raises InputError."""
     try:
         ran = subprocess.run(command, input=text, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except FileNotFoundError:
         raise InputError(f"{command[0]}: is not installed here; submit from a machine of the SLURM cluster") from None
     except subprocess.TimeoutExpired:
-        raise InputError(f"{command[0]}: SLURM did not answer within {ANSWER_SECONDS:.0f} s") from None
+        raise NoAnswer(f"{command[0]}: SLURM did not answer within {ANSWER_SECONDS:.0f} s") from None
     if ran.returncode != 0:
         complaint = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"
-        if gone is not None and gone in complaint:
-            return ""
         raise InputError(f"{command[0]}: {complaint}")
     return ran.stdout

@@ -1,5 +1,6 @@
 """Submitting a sweep, listing what was submitted, ending it."""
 
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from orchestrator.cluster.backend import Backend, backend_of
+from orchestrator.cluster.backend import Backend, NoAnswer, backend_of
 from orchestrator.cluster.config import Cluster, load_cluster
 from orchestrator.cluster.job import OVER, Job, JobRecord, JobStatus, all_jobs, new_job
 from orchestrator.config import SweepConfig
@@ -30,43 +31,48 @@ def submit(config: SweepConfig, cluster_name: str) -> Job:
     backend.check(config)
     job = new_job(config, cluster_name, cluster)
     try:
-        handle = backend.submit(job)
-    except InputError:
+        backend.submit(job)
+    except NoAnswer:
+        # it may have arrived: the job stays, and its status tells
+        raise
+    except (InputError, OSError):
         shutil.rmtree(job.folder)
         raise
-    return job.with_handle(handle)
+    return job
 
 
 def _refuse_twice(config: SweepConfig) -> None:
     """Two jobs of a sweep would wait for each other's lease, on the cluster's time."""
     for job in all_jobs()[0]:
-        if job.record.sweep == config.name and job.record.storage == config.storage and is_on_its_way(job):
+        if job.record.sweep == config.name and _same_place(job, config) and _may_still_train(job):
             raise InputError(
                 f"name: job {job.id} of this sweep is not over yet; follow it with orchestrate logs -f {job.id}, or "
                 f"end it with orchestrate cancel {job.id}"
             )
 
 
-def is_on_its_way(job: Job) -> bool:
-    """Whether the job may still train something; one whose cluster does not answer may."""
+def _same_place(job: Job, config: SweepConfig) -> bool:
+    written = Path(job.record.working_directory, Path(job.record.storage).expanduser())
+    return os.path.normpath(written) == os.path.normpath(Path(config.storage).expanduser().absolute())
+
+
+def _may_still_train(job: Job) -> bool:
+    """Whether the job is known to be on its way. Of a cluster that cannot be asked any more, nothing is known."""
     try:
         return status_of(job).state not in OVER
     except InputError:
-        return True
+        return False
 
 
 def status_of(job: Job) -> JobStatus:
     """Where a job is. Raises InputError when its cluster cannot be asked."""
-    if job.record.handle is None:
-        return JobStatus("lost", "it was never handed over; submit it again")
-    return backend_of_job(job).status(job)
-
-
-def require_handle(job: Job) -> Job:
-    """The job, if a cluster has it. Raises InputError."""
-    if job.record.handle is None:
-        raise InputError(f"{job.id}: was never handed over; submit it again")
-    return job
+    kept = job.over()
+    if kept is not None:
+        return kept
+    status = backend_of_job(job).status(job)
+    if status.state in OVER:
+        job.keep_over(status)
+    return status
 
 
 def backend_of_job(job: Job) -> Backend:
@@ -79,8 +85,8 @@ def cancel(job: Job) -> None:
     status = status_of(job)
     if status.state in OVER:
         raise InputError(f"{job.id}: is over ({status.state}); there is nothing to cancel")
-    job.mark_cancelled()
-    backend_of_job(job).cancel(job)
+    with job.cancelling():
+        backend_of_job(job).cancel(job)
 
 
 def script_of(config: SweepConfig, cluster_name: str) -> str:
@@ -93,6 +99,7 @@ def script_of(config: SweepConfig, cluster_name: str) -> str:
         storage=config.storage,
         working_directory=str(Path.cwd()),
         submitted=datetime.now().astimezone(),
+        handle="NAME",
     )
     return backend_of(cluster).script(Job(Path("JOB"), record), config)
 
@@ -113,4 +120,4 @@ def known_status(job: Job) -> JobStatus:
     try:
         return status_of(job)
     except InputError as error:
-        return JobStatus("unknown", str(error))
+        return JobStatus(state="unknown", detail=str(error))

@@ -49,6 +49,13 @@ def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "backend: local\nenvironment: {MLFLOW_TRACKING_PASSWORD: x}\n",
             "environment.MLFLOW_TRACKING_PASSWORD: looks like a secret",
         ),
+        ("backend: local\nstorage: ~nobody-here/x\n", "storage: "),
+        ("backend: ray\naddress: http://head:99999\n", "has a host or a port that cannot be read"),
+        ("backend: ray\naddress: 'http://[::1'\n", "has a host or a port that cannot be read"),
+        ("backend: local\nenvironment: {HF_TOKEN: 123456}\n", "environment.HF_TOKEN: looks like a secret"),
+        ("backend: local\nenvironment: {MLFLOW_TRACKING_URI: 'http://u:123456@h'}\n", "looks like a secret"),
+        ("backend: slurm\noptions: [--array=1-4]\n", "--array=1-4 is what the job's script says itself"),
+        ("backend: kuberay\nimage: x\nvolume_claim: y\nworkers: {least: 5, most: 2}\n", "least 5 is more than most 2"),
         ("backend: local\nstorage: s3://bucket/runs\n", 'storage: "s3://bucket/runs" must be the path of a folder'),
         ("backend: local\nenvironment: {A B: x}\n", "A B is no name of an environment variable"),
         ("backend: kuberay\nimage: x\n", "volume_claim: is missing"),
@@ -62,6 +69,7 @@ def test_a_mistake_is_one_line_with_file_key_and_what_would_be_right(tmp_path: P
         load_cluster(str(file))
     assert str(refused.value).startswith(f"{file}: ") and line in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert "password@" not in str(refused.value) and "123456" not in str(refused.value)
 
 
 def test_an_unknown_name_lists_those_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

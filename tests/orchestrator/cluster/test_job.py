@@ -3,15 +3,15 @@
 import json
 import os
 import stat
-from datetime import datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
-from orchestrator.cluster.config import LocalCluster
-from orchestrator.cluster.job import EXIT, RECORD, SWEEP, all_jobs, new_job, open_job, resolved_yaml
+from orchestrator.cluster.config import LocalCluster, RayCluster
+from orchestrator.cluster.job import EXIT, RECORD, SWEEP, JobStatus, all_jobs, new_job, open_job, resolved_yaml
 from orchestrator.cluster.local import LocalBackend
-from orchestrator.cluster.submission import cancel, submit
+from orchestrator.cluster.submission import cancel, status_of, submit
 from orchestrator.config import load_sweep
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import write_sweep
@@ -75,7 +75,8 @@ def test_what_is_no_job_is_one_line(tmp_path: Path) -> None:
 def test_an_exit_code_becomes_a_state(tmp_path: Path, code: int, cancelled: bool, state: str) -> None:
     job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
     if cancelled:
-        job.mark_cancelled()
+        with job.cancelling():
+            pass
     (job.folder / EXIT).write_text(json.dumps({"code": code}))
     assert LocalBackend(LocalCluster()).status(job).state == state
 
@@ -83,19 +84,57 @@ def test_an_exit_code_becomes_a_state(tmp_path: Path, code: int, cancelled: bool
 def test_a_process_that_is_gone_is_lost_and_another_with_its_number_is_not_it(tmp_path: Path) -> None:
     job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
     backend = LocalBackend(LocalCluster())
-    assert backend.status(job).state == "pending"
-    long_ago = job.record.model_copy(update={"submitted": datetime.now().astimezone() - timedelta(minutes=1)})
-    assert backend.status(type(job)(job.folder, long_ago)).state == "lost"
-    (job.folder / "process.json").write_text(
-        json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "created": 1.0})
-    )
     assert backend.status(job).state == "lost"
+    here = os.uname().nodename
+    for record, state in [
+        ({"host": here, "pid": os.getpid(), "created": 1.0}, "lost"),
+        ({"host": here, "pid": os.getpid(), "created": psutil.Process().create_time()}, "running"),
+        ({"host": "elsewhere", "pid": 1, "created": 1.0}, "unknown"),
+    ]:
+        (job.folder / "process.json").write_text(json.dumps(record))
+        assert backend.status(job).state == state
+    # damaged by a full disk, say
+    (job.folder / "process.json").write_text("")
+    (job.folder / EXIT).write_text("{")
+    assert backend.status(job).state == "lost"
+
+
+def test_a_cancellation_that_fails_leaves_no_mark(tmp_path: Path) -> None:
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
     (job.folder / "process.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "created": 1.0}))
-    assert backend.status(job).state == "unknown"
+    with pytest.raises(InputError, match="small-1: runs on elsewhere"):
+        cancel(job)
+    assert not job.is_cancelled
+
+
+def test_a_job_can_be_cancelled_as_soon_as_it_is_submitted(tmp_path: Path) -> None:
+    job = submit(load_sweep(write_sweep(tmp_path)), "local")
+    assert status_of(job).state == "running"
+    cancel(job)
+    assert status_of(job).state == "cancelled"
+
+
+def test_what_was_seen_to_be_over_is_not_asked_for_again_and_an_unknown_cluster_keeps_nobody(tmp_path: Path) -> None:
+    config = load_sweep(write_sweep(tmp_path))
+    gone = RayCluster(backend="ray", address="http://127.0.0.1:1")
+    job = new_job(config, "gone", gone)
+    with pytest.raises(InputError, match="nobody answers"):
+        status_of(job)
+    # what it asked for may be asked for elsewhere
+    again = submit(config, "local")
+    cancel(again)
+    job.keep_over(JobStatus(state="finished"))
+    assert status_of(job).state == "finished"
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    config = load_sweep(write_sweep(tmp_path), ['name="1e5"'])
+    Path("sweep.yaml").write_text(resolved_yaml(config))
+    assert load_sweep(Path("sweep.yaml")) == config
 
 
 def test_what_is_over_cannot_be_cancelled(tmp_path: Path) -> None:
-    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster()).with_handle("1")
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
     (job.folder / EXIT).write_text('{"code": 0}')
     with pytest.raises(InputError, match=r"small-1: is over \(finished\)"):
         cancel(job)

@@ -132,20 +132,22 @@ def test_a_job_from_submission_to_cancellation(kubectl: Path) -> None:
     mounted = json.loads((kubectl / "ConfigMap.json").read_text())["data"]["sweep.yaml"]
     Path("mounted.yaml").write_text(mounted)
     assert load_sweep(Path("mounted.yaml")) == config.model_copy(update={"storage": "/data/runs"})
+    backend = KubeRayBackend(job.record.cluster)
     for said, state in [
         ({}, "pending"),
         ({"jobDeploymentStatus": "Initializing"}, "pending"),
         ({"jobDeploymentStatus": "Running"}, "running"),
         ({"jobDeploymentStatus": "Retrying"}, "pending"),
-        ({"jobDeploymentStatus": "Complete"}, "finished"),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "finished"),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "interrupted"),
         ({"jobDeploymentStatus": "Failed", "message": "it did\nnot work"}, "failed"),
         ({"jobDeploymentStatus": "Suspended"}, "interrupted"),
         ({"jobDeploymentStatus": "SomethingNew"}, "unknown"),
     ]:
         (kubectl / "status").write_text(json.dumps(said))
-        assert status_of(job).state == state
+        assert backend.status(job).state == state
     (kubectl / "status").write_text(json.dumps({"jobDeploymentStatus": "Running"}))
-    assert list(KubeRayBackend(job.record.cluster).logs(job, follow=True)) == ["what the sweep says\n"]
+    assert list(backend.logs(job, follow=True)) == ["what the sweep says\n"]
     cancel(job)
     assert status_of(job).state == "cancelled"
     (kubectl / "RayJob.json").unlink()
@@ -192,7 +194,7 @@ def test_without_kubectl_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_dry_run_shows_the_manifests_with_the_sweep_in_them(kubectl: Path) -> None:
     configuration, job = yaml.safe_load_all(script_of(load_sweep(write_sweep(Path.cwd())), "k"))
-    assert "name: small" in configuration["data"]["sweep.yaml"] and job["kind"] == "RayJob"
+    assert yaml.safe_load(configuration["data"]["sweep.yaml"])["name"] == "small" and job["kind"] == "RayJob"
     assert not Path("runs").exists() and not (kubectl / "calls").exists()
 
 

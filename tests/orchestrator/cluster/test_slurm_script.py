@@ -26,6 +26,7 @@ def script(folder: str = "/runs/jobs/l1-1", **keys: object) -> str:
         storage="runs",
         working_directory="/home/me",
         submitted=datetime.now().astimezone(),
+        handle="qk-l1-0",
     )
     return SlurmBackend(cluster).script(Job(Path(folder), record), SWEEP)
 
@@ -47,7 +48,8 @@ def test_what_the_cluster_says_is_asked_of_slurm() -> None:
         options=["--qos=high"],
     )
     assert options(text) == {
-        "--job-name=qk-l1",
+        "--job-name=qk-l1-0",
+        "--exclusive",
         "--open-mode=append",
         "--nodes=2",
         "--ntasks-per-node=1",
