@@ -29,11 +29,12 @@ def naming(file: Path) -> Iterator[None]:
         raise InputError(f"{file}: {error}") from error
 
 
-def print_plan(config: SweepConfig, as_json: bool, fresh: bool) -> None:
+def print_plan(config: SweepConfig, as_json: bool, fresh: bool, here: bool = True) -> None:
+    """What would be done, measured on this machine; unless it would be done `here`, this machine refuses nothing."""
     from orchestrator.plan import make_plan
 
     # planned before the seconds that torch takes to import: most mistakes show here
-    plan = make_plan(config, fresh=fresh)
+    plan = make_plan(config, fresh=fresh, here=here)
     from orchestrator.estimate import estimate
     from orchestrator.late_checks import check_plan
     from orchestrator.plan_tables import estimate_lines, estimate_record, plan_table

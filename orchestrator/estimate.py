@@ -55,6 +55,7 @@ def estimate(checked: CheckedPlan) -> Estimate:
     """Measures for some ten seconds; loads the model unless nothing is left to do.
 
     Of pair masks only the activation cache is reckoned: what a mask costs hangs on which features are active together.
+    Neither can a machine without a GPU tell of trainings on one.
     """
     plan, config = checked.plan, checked.plan.config
     whole = request_bytes(checked.manifest, checked.request)
@@ -62,7 +63,7 @@ def estimate(checked: CheckedPlan) -> Estimate:
         return Estimate(whole, MissingWork(0, 0), False, 0.0, 0.0, 0.0)
     missing = missing_work(checked.manifest, checked.request)
     streamed = checked.request.streamed_sequences > 0
-    if config.task == "pair_mask":
+    if config.task == "pair_mask" or (plan.device == "cuda" and not torch.cuda.is_available()):
         passes = missing.sequences / EVALUATION_BATCH / cache_threads(config)
         seconds = passes * _forward_seconds(plan, checked.load_model())[0] if passes else 0.0
         return Estimate(whole, missing, streamed, seconds, None, None)

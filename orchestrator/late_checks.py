@@ -58,7 +58,7 @@ def check_plan(plan: SweepPlan, say: Callable[[str], None], stream: bool = True)
     measured = None
     if plan.bos == AUTO and is_readable:
         measured = measure_opening_token(plan.config, load_model, say)
-        plan = make_plan(plan.config, measured.bos, plan.fresh, plan.cluster_packs)
+        plan = make_plan(plan.config, measured.bos, plan.fresh, plan.cluster_packs, plan.here)
     read_corpus = _corpus_reader(plan, load_model, say)
     manifest = plan.cached
     if plan.trainings_left and is_readable:
@@ -79,7 +79,8 @@ def _model_loader(plan: SweepPlan, say: Callable[[str], None]) -> "Callable[[], 
         from qkmodel.language_model import load_language_model
 
         say(f"loading {plan.config.model.name}")
-        return load_language_model(plan.config.model, "cuda" if plan.config.resources.activations.gpu else "cpu")
+        on_gpu = plan.config.resources.activations.gpu and plan.here
+        return load_language_model(plan.config.model, "cuda" if on_gpu else "cpu")
 
     return load
 

@@ -26,6 +26,8 @@ LARGEST_PACK = 8
 LARGEST_ADAPTIVE_PACK = 4
 # The rest is for the driver, the page cache of activations, and what the model of memory does not see.
 MEMORY_SHARE = 0.7
+# the least that a GPU meant for training has today
+UNSEEN_GPU_BYTES = 16 * 10**9
 # What changes the cost of a training's step.
 COSTLY = ("activation", "dictionary_size", "key_dictionary_size", "k", "key_k")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -121,9 +123,13 @@ def _readable(size: int) -> str:
 
 
 def device_memory(config: SweepConfig) -> int:
-    """Bytes of what a pack is on: this machine's memory, or that of the smallest GPU, since it may get any of them."""
+    """Bytes of what a pack is on: this machine's memory, or that of the smallest GPU, since it may get any of them.
+
+    Of a GPU that only the cluster has, `UNSEEN_GPU_BYTES` are counted on.
+    """
     if config.resources.pack.gpu > 0:
-        return min(torch.cuda.get_device_properties(one).total_memory for one in range(torch.cuda.device_count()))
+        gpus = range(torch.cuda.device_count())
+        return min((torch.cuda.get_device_properties(one).total_memory for one in gpus), default=UNSEEN_GPU_BYTES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(memory, int(_CGROUP_LIMIT.read_text()))

@@ -50,7 +50,7 @@ class SweepPlan:
     `bos` is the token that opens sequences, None for none, "auto" until it has been measured. `attempt` counts how
     often everything was begun afresh, and `fresh` says that this plan does so. `tokens_spent` by all trainings so far.
     `change_lines` say why studies are new. `cluster_packs` is how many packs the cluster at `RAY_ADDRESS` holds at
-    once, None where there is none or it was not asked.
+    once, None where there is none or it was not asked. Unless it is trained `here`, nothing was asked of this machine.
     """
 
     config: SweepConfig
@@ -63,6 +63,7 @@ class SweepPlan:
     tokens_spent: int
     change_lines: list[str]
     cluster_packs: int | None = None
+    here: bool = True
 
     @property
     def folder(self) -> Path:
@@ -245,21 +246,29 @@ def _refuse_other_task(config: SweepConfig, ledger: Ledger) -> None:
 
 
 def make_plan(
-    config: SweepConfig, measured_bos: str | None = AUTO, fresh: bool = False, cluster_packs: int | None = None
+    config: SweepConfig,
+    measured_bos: str | None = AUTO,
+    fresh: bool = False,
+    cluster_packs: int | None = None,
+    here: bool = True,
 ) -> SweepPlan:
     """What this sweep file asks for beyond what its ledger already holds. Creates nothing.
 
     With `fresh` nothing that is there counts: the studies are those of a new attempt. `measured_bos` is what
-    `corpus.bos: auto` was just found to be, where no measurement is kept yet.
+    `corpus.bos: auto` was just found to be, where no measurement is kept yet. Unless it is trained `here`, nothing is
+    asked of this machine.
     Raises InputError for an unknown model or corpus, for layers and contexts that the model does not have, and
     for resources that this machine does not have.
     """
-    check_storage(config.name, storage_folder(config))
+    if here:
+        check_storage(config.name, storage_folder(config))
     model = describe_model(config.model)
     check_model(config, model)
-    check_resources(config)
+    if here:
+        check_resources(config)
     check_tracking(config.tracking, storage_folder(config))
-    check_cluster()
+    if here:
+        check_cluster()
     corpus = describe_corpus(config.corpus)
     ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
     if ledger is not None:
@@ -296,8 +305,10 @@ def make_plan(
         changes = change_lines(ledger.studies(), studies, config.task)
         tokens_spent = ledger.spent([study.study_id for study in studies]).tokens
         ledger.close()
-    plan = SweepPlan(config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes, cluster_packs)
-    if plan.trainings_left:
+    plan = SweepPlan(
+        config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes, cluster_packs, here
+    )
+    if plan.trainings_left and here:
         check_memory(config, plan.pack_size, plan.pack_bytes)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
         # a sweep whose text is cached does without the hub

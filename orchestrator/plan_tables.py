@@ -45,10 +45,13 @@ def estimate_lines(plan: SweepPlan, estimate: Estimate) -> list[str]:
     if plan.halving is not None:
         lines.append(_halving_line(plan))
     if estimate.seconds is None:
+        unknown = "this machine has no GPU to measure trainings on"
+        if config.task == "pair_mask":
+            unknown = "masks show their speed once they train"
         return [
             *lines,
             *_budget_lines(plan),
-            f"estimated for caching {duration(estimate.cache_seconds)}; masks show their speed once they train",
+            f"estimated for caching {duration(estimate.cache_seconds)}; {unknown}",
         ]
     return [
         *lines,

@@ -36,7 +36,8 @@ def submit(
     if dry_run:
         messages.print(submission.script_of(config, cluster), markup=False, highlight=False, soft_wrap=True)
         with naming(file):
-            print_plan(submission.for_cluster(config, cluster)[0], as_json, fresh=False)
+            there, described = submission.for_cluster(config, cluster)
+            print_plan(there, as_json, fresh=False, here=described.backend == "local")
         return
     job = submission.submit(config, cluster)
     if as_json:

@@ -24,7 +24,7 @@ from orchestrator.config import SweepConfig
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
 
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 8.0
 # a job of a busy cluster begins late, and this one is not worth waiting for
 PROBE_SECONDS = 8.0
 POLL_SECONDS = 1.0

@@ -14,6 +14,9 @@ from orchestrator.cluster.config import SlurmCluster
 from orchestrator.cluster.job import Job, JobStatus, State
 from orchestrator.cluster.log_file import follow_file
 from orchestrator.config import SweepConfig
+from orchestrator.plan import make_plan
+from orchestrator.plan_checks import check_storage
+from orchestrator.plan_figures import storage_folder
 from qkmodel.errors import InputError
 
 ANSWER_SECONDS = 12.0
@@ -41,6 +44,9 @@ class SlurmBackend:
         self._cluster = cluster
 
     def check(self, config: SweepConfig) -> None:
+        # the nodes have the same environment and folders, but not the same CPUs and GPUs
+        make_plan(config, here=False)
+        check_storage(config.name, storage_folder(config))
         partitions = _ask("sinfo", "--noheader", "--format=%R").split()
         wanted = self._cluster.partition
         if wanted is not None and wanted not in partitions:

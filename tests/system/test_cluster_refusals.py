@@ -1,6 +1,7 @@
 """What keeps a cluster from running a sweep is one line within 15 s, before anything is started."""
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -77,6 +78,20 @@ def test_a_ray_cluster_that_cannot_be_reached_lets_nobody_in_or_has_no_place(
         assert line in refusal(Desk(folder, good | change, {}))
 
 
+def test_a_dashboard_that_accepts_and_never_answers(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        settings = {"backend": "ray", "address": address, "storage": str(tmp_path / "store")}
+        assert "did not answer within" in refusal(Desk(tmp_path, settings, {}))
+
+
+def test_a_pack_that_no_node_can_hold_is_refused(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    desk = Desk(tmp_path, {"backend": "local"}, ray_cluster.client_environment)
+    _, err = desk.ask("sweep", "first.yaml", "resources.pack.cpu=4", code=2)
+    assert "resources.pack: no node of the cluster has 4 CPUs for a pack" in err
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_node_that_does_not_share_the_storage_is_named(ray_cluster: RayCluster, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("a node with a folder of its own needs a mount, and that needs root")
@@ -122,3 +137,15 @@ def test_a_slurm_job_that_is_told_to_end_goes_back_into_the_queue_and_goes_on(
     assert f"job {number} goes back into the queue" in said
     desk.ask("sweep", "first.yaml", *LONG, "name=alone")
     assert desk.hashes("long") == desk.hashes("alone")
+
+
+def test_a_slurm_job_that_scancel_ends_stays_ended(slurm_cluster: slurm.Slurm, tmp_path: Path) -> None:
+    desk = Desk(tmp_path, {"backend": "slurm", "partition": "work"}, slurm_cluster.environment)
+    job = desk.submit(*LONG)
+    desk.wait_for_reports("long", 2048)
+    slurm_cluster.ask("scancel", "--user=root")
+    assert desk.wait(job, "interrupted", "cancelled", "pending", "lost", "failed") in ("interrupted", "cancelled")
+    assert slurm_cluster.ask("squeue", "--noheader").strip() == ""
+    # its sweep goes on in the next one
+    again = desk.submit(*LONG)
+    assert desk.wait(again, "finished", "failed", "lost", "interrupted") == "finished"

@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from orchestrator.cli import run
 from orchestrator.cluster.config import KubeRayCluster
 from orchestrator.cluster.job import Job, JobRecord, new_job
 from orchestrator.cluster.kuberay import KubeRayBackend
@@ -21,7 +22,7 @@ from orchestrator.cluster.submission import cancel, script_of, status_of, submit
 from orchestrator.config import SweepConfig, load_sweep
 from qkmodel.errors import InputError
 from tests.orchestrator.cluster.kubernetes_schema import complaints
-from tests.orchestrator.sweep_files import write_sweep
+from tests.orchestrator.sweep_files import write_corpus, write_sweep
 
 KUBERNETES = "1.34"
 CRD = os.environ.get("KUBERAY_CRD")
@@ -196,6 +197,13 @@ def test_a_dry_run_shows_the_manifests_with_the_sweep_in_them(kubectl: Path) -> 
     configuration, job = yaml.safe_load_all(script_of(load_sweep(write_sweep(Path.cwd())), "k"))
     assert yaml.safe_load(configuration["data"]["sweep.yaml"])["name"] == "small" and job["kind"] == "RayJob"
     assert not Path("runs").exists() and not (kubectl / "calls").exists()
+
+
+def test_a_dry_run_of_what_this_machine_does_not_have(kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_sweep(Path.cwd(), corpus={"name": str(write_corpus(Path.cwd())), "bos": None, "context": 16})
+    gpus = ("resources.pack.gpu=0.5", "resources.activations.gpu=1")
+    assert run(["submit", str(file), "--cluster", "k", "--dry-run", *gpus]) == 0
+    assert "no GPU to measure trainings on" in capsys.readouterr().out
 
 
 def test_a_job_folder_remembers_the_cluster_as_it_was(kubectl: Path) -> None:
