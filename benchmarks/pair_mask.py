@@ -106,10 +106,10 @@ def trained_points(
     points = []
     for settings in (
         {"form": "sqrt", "pair_cost": 1e-7},
-        {"form": "sqrt", "pair_cost": 2e-7},
+        {"form": "sqrt", "pair_cost": 1.5e-7},
         {"form": "sqrt", "pair_cost": 1e-6},
         {"form": "hard_concrete", "pair_cost": 2e-7, "learning_rate": 0.1},
-        {"form": "sqrt", "pair_cost": 1e-6, "joint": True},
+        {"form": "sqrt", "pair_cost": 4.5e-7, "joint": True, "decoder_learning_rate": 4e-3},
     ):
         began = time.perf_counter()
         trainer = bench.train_mask(candidates, MaskHyperparameters(dictionary="0" * 16, **settings), steps, pool)

@@ -47,6 +47,7 @@ def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 LONG = ("name=long", "training.tokens=65_536", "training.report_tokens=2048")
 
 
+@pytest.mark.slow
 def test_a_job_runs_to_its_end_cancelled_once_and_submitted_again(desk: Desk) -> None:
     job = desk.submit(*LONG)
     assert desk.ask("submit", "first.yaml", *LONG, "--cluster", "mine", code=2)[1].count("\n") == 1
