@@ -83,9 +83,9 @@ def logs(
 ) -> None:
     """What a job's sweep has said."""
     from orchestrator.cluster.job import open_job
-    from orchestrator.cluster.submission import backend_of_job, require_handle
+    from orchestrator.cluster.submission import backend_of_job
 
-    opened = require_handle(open_job(job))
+    opened = open_job(job)
     for piece in backend_of_job(opened).logs(opened, follow):
         console.file.write(piece)
         console.file.flush()

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.cli import run
 from orchestrator.cluster.config import LocalCluster, RayCluster
 from orchestrator.cluster.job import EXIT, RECORD, SWEEP, JobStatus, all_jobs, new_job, open_job, resolved_yaml
 from orchestrator.cluster.local import LocalBackend
@@ -146,3 +147,19 @@ def test_a_sweep_that_cannot_be_planned_is_refused_and_leaves_no_job(tmp_path: P
     with pytest.raises(InputError, match="layers: 99 is out of range"):
         submit(config, "local")
     assert not Path("runs").exists()
+
+
+def test_the_commands_on_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_sweep(tmp_path)
+    assert run(["submit", str(file), "--cluster", "local", "--json"]) == 0
+    job = json.loads(capsys.readouterr().out)["job"]
+    assert run(["cancel", job]) == 0
+    assert run(["cancel", job]) == 2
+    capsys.readouterr()
+    assert run(["jobs", "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["job"], listed["sweep"], listed["state"]) == (job, "small", "cancelled")
+    open_job(job).log.write_text("one\ntwo\n")
+    assert run(["logs", "--follow", job]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert run(["logs", "small-9"]) == 2
