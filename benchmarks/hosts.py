@@ -10,7 +10,6 @@ Seconds from the first training's start to the last one's end, by the ledger. Th
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -28,13 +27,7 @@ def seconds(folder: Path, workers: int, tokens: int) -> tuple[float, dict[str, s
     cluster = RayHosts(workers, pinned=True)
     try:
         folder.mkdir()
-        settings = {
-            "backend": "ray",
-            "address": cluster.dashboard,
-            "token_file": str(cluster.token),
-            "python": sys.executable,
-        }
-        desk = Desk(folder, settings, {})
+        desk = Desk(folder, cluster.settings, {})
         sizes = ("training.batch_sequences=8", f"training.tokens={tokens}", f"training.report_tokens={tokens // 8}")
         job = desk.submit("name=hosts", "pack=4", "search.trainings=16", *sizes, *GRID, RATES)
         state = desk.wait(job, "finished", "failed", "lost", "interrupted", patience=3600)

@@ -12,11 +12,9 @@ from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
 from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_masks, memory_of_pack
 from orchestrator.plan_checks import (
-    CACHE_FOLDER,
     check_cluster,
     check_model,
     check_resources,
-    check_storage,
     check_tracking,
     machine_cpus,
     machine_gpus,
@@ -31,6 +29,7 @@ from orchestrator.plan_figures import (
 )
 from orchestrator.search.halving import Halving
 from orchestrator.source_dictionaries import SourceDictionary, source_dictionaries
+from orchestrator.storage_check import CACHE_FOLDER, check_storage
 from orchestrator.study_changes import change_lines
 from orchestrator.study_plan import StudyPlan, make_study_plan, share_budget
 from qkmodel.activation_request import CacheRequest, missing_work, request_bytes

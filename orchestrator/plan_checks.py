@@ -2,7 +2,6 @@
 
 import os
 import socket
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,13 +14,11 @@ from orchestrator.tracking_store import tracking_address
 from qkmodel.errors import InputError
 from qkmodel.model_description import ModelDescription
 
-CACHE_FOLDER = "activations"
 # set, it names the cluster that packs run on
 RAY_ADDRESS = "RAY_ADDRESS"
 # on the head of a cluster whose nodes come when they are asked for: how many packs it may grow to
 AUTOSCALING = "ORCHESTRATE_AUTOSCALING"
 ANSWER_SECONDS = 10.0
-RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts", "jobs")
 
 
 def machine_cpus() -> int:
@@ -33,22 +30,6 @@ def machine_cpus() -> int:
 def machine_gpus() -> int:
     """GPUs that this process sees."""
     return torch.cuda.device_count()
-
-
-def check_storage(name: str, storage: Path) -> None:
-    """Refuses a sweep's name, or a storage folder, that nothing could be written to. Leaves nothing behind."""
-    if name in RESERVED_NAMES:
-        raise InputError(f"name: {name} is taken by a folder of the storage itself; choose another")
-    folder = storage / name
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise InputError(f"storage: {there} is a file; give a folder, or a path where one can be made")
-    try:
-        # permissions alone do not tell: root may write everywhere, and /proc takes nothing
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise InputError(f"storage: {there} cannot be written to ({error.strerror}); give a folder that can") from error
 
 
 def check_model(config: SweepConfig, model: ModelDescription) -> None:

@@ -8,6 +8,7 @@ may create a run twice, since MLflow's client asks again after a timeout: all bu
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,11 @@ class Tracker:
     def _adopt_orphans(self, client: MlflowClient) -> None:
         """Puts trainings below the parent run whose former one was deleted: MLflow leaves them where they were."""
         notes = self._ledger.delivered()
+        # asked once for each parent: another storage's sweep of this name may be in the same experiment
+        was_parent = cache(partial(self._was_parent, client))
         for run in list(_search(client, self._experiment, f"tags.`{PARENT_TAG}` != '{self._parent}'")):
             is_noted = TRAINING in notes.get(run.info.run_id, {})
-            # another storage's sweep of this name may be in the same experiment
-            if TRAINING_TAG in run.data.tags and (is_noted or self._was_parent(client, run.data.tags[PARENT_TAG])):
+            if TRAINING_TAG in run.data.tags and (is_noted or was_parent(run.data.tags[PARENT_TAG])):
                 client.set_tag(run.info.run_id, PARENT_TAG, self._parent)
 
     def _was_parent(self, client: MlflowClient, run_id: str) -> bool:

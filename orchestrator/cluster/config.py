@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from orchestrator.addresses import redact_url, require_readable
 from orchestrator.validation import explain
@@ -20,7 +20,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _SECRET = re.compile(r"PASS|PWD|TOKEN$|SECRET|CREDENTIAL|_PAT$|KEY$", re.IGNORECASE)
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}", re.ASCII)
 # what the batch script says itself
-_OWN_OPTIONS = [
+_OWN_OPTIONS = (
     "job-name",
     "output",
     "error",
@@ -44,7 +44,7 @@ _OWN_OPTIONS = [
     "chdir",
     "parsable",
     "wrap",
-]
+)
 
 
 class _Cluster(Schema):
@@ -219,8 +219,3 @@ def load_cluster(name: str) -> Cluster:
         return _KINDS[kind].model_validate(values)
     except ValidationError as error:
         raise InputError(redact_url(f"{path}: {explain(error, values, _KINDS[kind])}")) from None
-
-
-def cluster_from_record(values: dict[str, Any]) -> Cluster:
-    """The inverse of `model_dump`. Raises pydantic.ValidationError."""
-    return TypeAdapter(Cluster).validate_python(values)

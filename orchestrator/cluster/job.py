@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -34,6 +34,7 @@ PROCESS, EXIT, CANCELLED, OVER_FILE = "process.json", "exit.json", "cancelled", 
 
 State = Literal["pending", "running", "finished", "failed", "interrupted", "cancelled", "lost", "unknown"]
 OVER: tuple[State, ...] = ("finished", "failed", "interrupted", "cancelled", "lost")
+Record = TypeVar("Record", bound=Schema)
 INTERRUPTED_CODES = (130, 143)
 
 
@@ -197,7 +198,7 @@ def all_jobs() -> tuple[list[Job], list[str]]:
     return sorted(jobs, key=lambda job: job.record.submitted), complaints
 
 
-def _read(path: Path, schema: type[Schema]):
+def _read(path: Path, schema: type[Record]) -> Record | None:
     try:
         return schema.model_validate_json(path.read_text())
     except (OSError, ValueError):

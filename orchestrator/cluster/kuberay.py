@@ -70,7 +70,7 @@ class KubeRayBackend:
         self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(load_sweep(job.sweep_file), job.record.handle)))
 
     def status(self, job: Job) -> JobStatus:
-        answer = self._ask("get", "rayjob", str(job.record.handle), "--output=json", gone="NotFound")
+        answer = self._ask("get", "rayjob", job.record.handle, "--output=json", gone="NotFound")
         if not answer:
             return job.unless_cancelled(JobStatus(state="lost", detail="Kubernetes no longer knows it"))
         status = json.loads(answer).get("status") or {}
@@ -94,7 +94,7 @@ class KubeRayBackend:
             raise InputError(f"kubectl: {' '.join(complaint.split())}")
 
     def cancel(self, job: Job) -> None:
-        self._ask("patch", "rayjob", str(job.record.handle), "--type=merge", "--patch", '{"spec": {"suspend": true}}')
+        self._ask("patch", "rayjob", job.record.handle, "--type=merge", "--patch", '{"spec": {"suspend": true}}')
 
     def manifests(self, config: SweepConfig, name: str) -> list[dict[str, Any]]:
         """The sweep file as a ConfigMap, and the RayJob that runs it."""

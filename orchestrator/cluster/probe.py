@@ -6,7 +6,7 @@ python -m orchestrator.cluster.probe STORAGE
 import sys
 from pathlib import Path
 
-from orchestrator.plan_checks import check_storage
+from orchestrator.storage_check import check_storage
 from qkmodel.errors import InputError
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from orchestrator.cluster.job import Job, JobStatus, State
 from orchestrator.cluster.log_file import follow_file
 from orchestrator.config import SweepConfig
 from orchestrator.plan import make_plan
-from orchestrator.plan_checks import check_storage
 from orchestrator.plan_figures import storage_folder
+from orchestrator.storage_check import check_storage
 from qkmodel.errors import InputError
 
 ANSWER_SECONDS = 12.0

@@ -70,7 +70,8 @@ def status_of(job: Job) -> JobStatus:
     if kept is not None:
         return kept
     status = backend_of_job(job).status(job)
-    if status.state in OVER:
+    # what is lost may only be late: a shared folder shows files of other machines after a while
+    if status.state in OVER and status.state != "lost":
         job.keep_over(status)
     return status
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger_tables import Study
-from orchestrator.plan_checks import CACHE_FOLDER
+from orchestrator.storage_check import CACHE_FOLDER
 from qkmodel.activations import ActivationCache, layer_part, read_manifest, shard_path
 from qkmodel.dictionary import DictionaryConfig
 from qkmodel.errors import InputError

@@ -6,10 +6,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from tests.system.services import READY_SECONDS, kill_session
+from tests.system.services import kill_session, start_ray
 
 NETWORK = "10.83.7"
 
@@ -38,7 +37,13 @@ class RayHosts:
         _ip("link", "add", self._bridge, "type", "bridge")
         _ip("address", "add", f"{NETWORK}.254/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
-        self.dashboard = f"http://{NETWORK}.1:8265"
+        # of the cluster's file, for `orchestrate submit`
+        self.settings = {
+            "backend": "ray",
+            "address": f"http://{NETWORK}.1:8265",
+            "token_file": str(self.token),
+            "python": sys.executable,
+        }
         self._start(1, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=true", "--dashboard-host=0.0.0.0")
         for number in range(workers):
             self.add_worker(2 + number)
@@ -85,24 +90,12 @@ class RayHosts:
         options = ("--block", "--disable-usage-stats", "--object-store-memory=80000000")
         cpu = sorted(os.sched_getaffinity(0))[number - 2] if self._pinned and number > 1 else None
         pin = ("taskset", "--cpu-list", str(cpu)) if cpu is not None else ()
-        log = self.folder / f"host-{number}"
-        with log.open("w") as output:
-            self._processes[number] = process = subprocess.Popen(
-                [
-                    *(*pin, "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c"),
-                    'mount --bind "$0" /tmp/ray && exec "$@"',
-                    *(own, ray, "start", f"--node-ip-address={NETWORK}.{number}", *arguments, *options),
-                ],
-                env=self._environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + READY_SECONDS
-        while "--block" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text())
-            time.sleep(0.2)
+        command = [
+            *(*pin, "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c"),
+            'mount --bind "$0" /tmp/ray && exec "$@"',
+            *(own, ray, "start", f"--node-ip-address={NETWORK}.{number}", *arguments, *options),
+        ]
+        self._processes[number] = start_ray(command, self.folder / f"host-{number}", self._environment)
 
     def _name(self, number: int) -> str:
         return f"qk{self._prefix}-{number}"

@@ -103,20 +103,22 @@ class RayCluster:
         # jobs are handed to an agent, and clusters of one machine would take each other's port
         options += (f"--dashboard-agent-listen-port={free_port()}",)
         log = self.folder / f"node-{len(list(self.folder.glob('node-*')))}"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [*before, Path(sys.executable).with_name("ray"), "start", *arguments, *options],
-                env=self._environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + READY_SECONDS
-        while "--block" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text())
-            time.sleep(0.2)
-        return process
+        command = [*before, Path(sys.executable).with_name("ray"), "start", *arguments, *options]
+        return start_ray(command, log, self._environment)
+
+
+def start_ray(command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """`ray start --block` in a session of its own, once the node is there."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + READY_SECONDS
+    while "--block" not in log.read_text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(log.read_text())
+        time.sleep(0.2)
+    return process
 
 
 class MlflowServer:

@@ -1,6 +1,5 @@
 """A Ray cluster of several hosts, each with an address of its own: one loses its cable, another joins."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,13 +41,7 @@ def wait(what: str, holds: Callable[[], bool]) -> None:
 def test_a_sweep_outlives_a_host_that_is_cut_off_and_uses_one_that_joins(
     cluster: hosts.RayHosts, tmp_path: Path
 ) -> None:
-    settings = {
-        "backend": "ray",
-        "address": cluster.dashboard,
-        "token_file": str(cluster.token),
-        "python": sys.executable,
-    }
-    desk = Desk(tmp_path, settings, {})
+    desk = Desk(tmp_path, cluster.settings, {})
     job = desk.submit(*LONG)
     wait("both hosts train", lambda: cluster.trains(2) and cluster.trains(3))
     desk.wait_for_reports("long", 16_384)

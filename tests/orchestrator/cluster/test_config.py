@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
-from orchestrator.cluster.config import LocalCluster, SlurmCluster, cluster_from_record, load_cluster
+from orchestrator.cluster.config import Cluster, LocalCluster, SlurmCluster, load_cluster
 from qkmodel.errors import InputError
 
 GOOD = {
@@ -24,7 +25,7 @@ def test_a_cluster_is_found_by_name_and_by_file_and_comes_back_from_its_record(
     (tmp_path / "clusters" / "mine.yaml").write_text(GOOD[kind])
     cluster = load_cluster("mine")
     assert cluster.backend == kind and load_cluster("clusters/mine.yaml") == cluster
-    assert cluster_from_record(cluster.model_dump(mode="json")) == cluster
+    assert TypeAdapter(Cluster).validate_python(cluster.model_dump(mode="json")) == cluster
 
 
 def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
