@@ -39,21 +39,17 @@ class RayStopped(Exception):
     """Ray ended while packs were still to train; the message is one line."""
 
 
-class _Watch(tune.Callback):
-    """Looks around in Tune's loop: for used-up budgets, storage that takes nothing any more, and the end of Ray.
+class _Watch:
+    """Looks for used-up budgets, which stop the packs, and for the end of Ray.
 
-    Raises OSError for such storage, InputError for a damaged ledger, and RayStopped once the head or the last node is
-    gone: Tune would wait for it.
+    Raises RayStopped once the head or the last node is gone: Tune would wait for it.
     """
 
-    def __init__(self, stopping: Stopping, searcher: PackSearcher) -> None:
+    def __init__(self, stopping: Stopping) -> None:
         self._stopping = stopping
-        self._searcher = searcher
         self._next_check = 0.0
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if self._searcher.halted is not None:
-            raise self._searcher.halted
+    def __call__(self) -> None:
         if time.monotonic() < self._next_check:
             return
         self._next_check = time.monotonic() + CHECK_SECONDS
@@ -63,6 +59,16 @@ class _Watch(tune.Callback):
                 # both were asked to end, as by a signal to the whole process group
                 raise KeyboardInterrupt
             raise RayStopped(RAY_ENDED)
+
+
+class _EveryStep(tune.Callback):
+    """Has the searcher look around at each of Tune's steps: while a pack waits for room it is asked for no other."""
+
+    def __init__(self, searcher: PackSearcher) -> None:
+        self._searcher = searcher
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._searcher.look_around()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tuner pickles its callbacks when it is built; a database connection must not go along
@@ -78,7 +84,7 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
     os.environ |= _ENVIRONMENT
     resources = plan.config.resources.pack
     stopping = Stopping(queue, plan.folder, start)
-    searcher = PackSearcher(queue, Capacity(resources), plan.folder)
+    searcher = PackSearcher(queue, Capacity(resources), plan.folder, _Watch(stopping))
     with stopping.on_signals(), _scratch(plan.folder / SCRATCH_FOLDER) as scratch, connected_ray():
         tuner = tune.Tuner(
             tune.with_resources(PackTrainable, {"cpu": resources.cpu, "gpu": resources.gpu}),
@@ -95,7 +101,7 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
                 verbose=0,
                 # one recovery path: the queue's, from the ledger and our own checkpoints
                 failure_config=tune.FailureConfig(max_failures=0),
-                callbacks=[_Watch(stopping, searcher)],
+                callbacks=[_EveryStep(searcher)],
             ),
         )
         tuner.fit()

@@ -18,22 +18,36 @@ class PackSearcher(Searcher):
     """Suggests packs to Tune and passes their reports on.
 
     Decisions and records are the queue's. `capacity` says how many packs may run at present; Tune asks
-    again when a suggestion was None.
+    again when a suggestion was None. `watch` raises what has to end the run.
     """
 
-    def __init__(self, queue: PackQueue, capacity: Callable[[], int], sweep_folder: Path) -> None:
+    def __init__(
+        self, queue: PackQueue, capacity: Callable[[], int], sweep_folder: Path, watch: Callable[[], None]
+    ) -> None:
         super().__init__()
         self._queue = queue
         self._capacity = capacity
         self._folder = sweep_folder
+        self._watch = watch
         self._pack_of: dict[str, str] = {}
-        # why the sweep cannot go on: Tune would take what its methods raise for a failure of the trial
-        self.halted: OSError | InputError | None = None
+        # why the sweep cannot go on: what is raised where Tune hands over a result it takes for a failure of the trial
+        self._halted: OSError | InputError | None = None
         # what is in the ledger is another driver's from then on
         self._is_fenced = False
 
+    def look_around(self) -> None:
+        """Raises why the sweep cannot go on: OSError for storage that takes nothing any more, InputError for a damaged
+        ledger, or what `watch` raises.
+        """
+        if self._halted is not None:
+            raise self._halted
+        self._watch()
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.halted is not None or len(self._pack_of) >= self._capacity():
+        # while no pack runs and none is suggested, Tune does nothing but ask again, for ten minutes
+        self.look_around()
+        # a queue that stops hands out nothing, and says when it is done: no node is needed for that
+        if not self._queue.stopping and len(self._pack_of) >= self._capacity():
             return None
         with self._halting():
             return self._next_pack(trial_id)
@@ -69,7 +83,7 @@ class PackSearcher(Searcher):
         if self._is_fenced:
             return
         with self._halting():
-            self._queue.end(pack_id, None if self.halted is not None else reason)
+            self._queue.end(pack_id, None if self._halted is not None else reason)
 
     def _look_for_halt(self, result: Mapping[str, Any]) -> None:
         if result.get("fenced"):
@@ -88,7 +102,7 @@ class PackSearcher(Searcher):
 
     def _halt(self, error: OSError | InputError) -> None:
         self._queue.stopping = True
-        self.halted = self.halted or error
+        self._halted = self._halted or error
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Tells Tune that this searcher limits itself."""

@@ -1,6 +1,7 @@
 """A worker, Ray itself and the driver are killed or interrupted in the middle of real trainings."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -8,12 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import psutil
 import pytest
 
+from orchestrator import packs_on_ray
 from orchestrator.checkpoints import newest_checkpoint
+from orchestrator.config import PackResources
 from orchestrator.process_end import INTERRUPTED
+from tests.orchestrator import pack_world
 from tests.orchestrator.sweep_files import write_sweep
 from tests.system.test_first_sweep import Sweep, wait_until_training
 
@@ -87,6 +93,29 @@ def test_interruptions_are_one_line_each_and_the_same_command_continues(sweep: S
         said = (output / "err").read_text()
         assert "its worker died; it is tried again" in said
         assert [word for word in ("Traceback", "ERROR", "raylet", "did not complete") if word in said] == []
+
+
+def test_the_end_of_ray_is_noticed_while_no_pack_runs_and_none_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune makes no step then: for up to ten minutes it does nothing but ask for a pack."""
+    asked = itertools.count()
+    killed_at = []
+
+    def no_room() -> int:
+        # the second time it is in that loop
+        if next(asked) == 1:
+            below(os.getpid(), "ray::DashboardAgent")[0].kill()
+            killed_at.append(time.monotonic())
+        return 0
+
+    monkeypatch.setattr(packs_on_ray, "Capacity", lambda pack: no_room)
+    resources = SimpleNamespace(pack=PackResources(cpu=1))
+    plan = SimpleNamespace(folder=tmp_path, config=SimpleNamespace(name="ends", resources=resources))
+    queue = pack_world.start(tmp_path).queue
+    with mock.patch.dict(os.environ), pytest.raises(packs_on_ray.RayStopped):
+        packs_on_ray.train_packs(plan, queue, start=1)
+    assert time.monotonic() - killed_at[0] < 30
 
 
 @pytest.mark.parametrize("after_seconds", [0.2, 1.0, 2.5])
