@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from qkmodel.activations import DTYPES, ActivationCache, Split
@@ -39,11 +39,17 @@ class StreamedActivations:
 
         Raises InputError for a sequence whose tokens are not in the cache, and for activations that are not finite.
         """
+        return self.read_stored(layer, split, indices).float()
+
+    def read_stored(
+        self, layer: int, split: Split, indices: Iterable[int]
+    ) -> Float[Tensor, "sequence context d_model"]:
+        """The same in the cache's element type."""
         if split == "validation":
-            return self._cache.read(layer, split, indices)
+            return self._cache.read_stored(layer, split, indices)
         key = self._cache.manifest.key
         tokens = self._cache.tokens(split, indices)
         x = next(self._model.attention_inputs_of_batches([tokens], [layer], DTYPES[key.products]))[layer]
         if not x.isfinite().all():
             raise InputError(f"model: layer {layer} receives NaN or infinity on this corpus; it cannot be trained on")
-        return x.to(DTYPES[key.dtype]).float()
+        return x.to(DTYPES[key.dtype])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -183,8 +183,14 @@ class ActivationCache:
 
         Raises InputError for a sequence or layer that is not in the cache, or a shard that cannot be read.
         """
-        row_shape = (self.context, self.manifest.key.d_model)
-        return self._gather(layer_part(layer), split, indices, row_shape, torch.float32)
+        return self.read_stored(layer, split, indices).float()
+
+    def read_stored(
+        self, layer: int, split: Split, indices: Iterable[int]
+    ) -> Float[Tensor, "sequence context d_model"]:
+        """The same in the element type it is stored in."""
+        row_shape, dtype = (self.context, self.manifest.key.d_model), DTYPES[self.manifest.key.dtype]
+        return self._gather(layer_part(layer), split, indices, row_shape, dtype)
 
     def tokens(self, split: Split, indices: Iterable[int]) -> Int64[Tensor, "sequence context"]:
         """The token ids of the sequences `indices`, in that order. Raises InputError as `read` does."""

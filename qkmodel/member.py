@@ -71,11 +71,29 @@ class Member:
         self.penalties = nn.ModuleDict(
             {"query": SidePenalty(hyperparameters.query_side), "key": SidePenalty(hyperparameters.key_side)}
         )
-        self.optimiser = torch.optim.Adam(self.transcoder.parameters(), lr=hyperparameters.learning_rate, fused=True)
-        self.losses = LossSums()
+        self.optimiser = _adam(self.transcoder, hyperparameters.learning_rate)
+        self.losses = LossSums(reference.mean_input.device)
 
     def step(self, batch: SharedBatch, learning_rate_factor: float, progress: float) -> None:
         """One optimiser step on one batch; `progress` is the share of the training that is done."""
+        self.set_learning_rate(learning_rate_factor)
+        self.descend(batch, progress)
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether `descend` is the same operations at every step, so that a CUDA graph may record it."""
+        sides = (self.hyperparameters.query_side, self.hyperparameters.key_side)
+        return all(side.penalty != "p_annealing" and side.target_l0 is None for side in sides)
+
+    def set_learning_rate(self, factor: float) -> None:
+        """The learning rate of the next step, as a multiple of the hyperparameter."""
+        for group in self.optimiser.param_groups:
+            rate = self.hyperparameters.learning_rate * factor
+            # a CUDA graph reads it where it is
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+
+    def descend(self, batch: SharedBatch, progress: float) -> None:
+        """A step with the learning rate that is set."""
         context = batch.inputs.context
         query = transcode(self.transcoder.query, batch.inputs)
         key = transcode(self.transcoder.key, batch.inputs)
@@ -87,8 +105,6 @@ class Member:
         loss.backward()
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.transcoder.parameters(), self.gradient_clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.hyperparameters.learning_rate * learning_rate_factor
         self.optimiser.step()
         # now, not before the next step: members that wait hold no gradients
         self.optimiser.zero_grad(set_to_none=True)
@@ -125,10 +141,18 @@ class Member:
         losses = {name: value for name, value in tensors.items() if name.startswith("losses.")}
         self.losses.load_state_tensors({name.removeprefix("losses."): value for name, value in losses.items()})
         for name, parameter in self.transcoder.named_parameters():
-            state = {
-                key: tensors[f"optimiser.{name}.{key}"].to(parameter.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            if state["exp_avg"].shape != parameter.shape or state["exp_avg_sq"].shape != parameter.shape:
+            loaded = {key: tensors[f"optimiser.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            if loaded["exp_avg"].shape != parameter.shape or loaded["exp_avg_sq"].shape != parameter.shape:
                 raise RuntimeError(f"optimiser moments of {name} do not have its shape {tuple(parameter.shape)}")
-            self.optimiser.state[parameter] = state
+            state = self.optimiser.state[parameter]
+            for key, value in loaded.items():
+                # in place where there are moments already, since a CUDA graph knows where they are
+                state[key] = state[key].copy_(value) if key in state else value.to(parameter.device, copy=True)
+
+
+def _adam(transcoder: QKTranscoder, learning_rate: float) -> torch.optim.Adam:
+    parameters = list(transcoder.parameters())
+    if parameters[0].device.type == "cpu":
+        return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    rate = torch.tensor(learning_rate, device=parameters[0].device)
+    return torch.optim.Adam(parameters, lr=rate, fused=True, capturable=True)

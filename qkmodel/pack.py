@@ -23,6 +23,7 @@ from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.lockstep import Lockstep
 from qkmodel.member import Member, SharedBatch
+from qkmodel.pack_graphs import PackGraphs
 from qkmodel.pattern_kl import true_pattern
 from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
@@ -77,6 +78,7 @@ class PackTrainer(Lockstep):
         self.threads = threads
         self.dtype = product_dtype(training.precision, layer.w_q.device)
         self.members = [Member(hyperparameters, layer, reference, training) for hyperparameters in members]
+        self._graphs = PackGraphs(self._share) if layer.w_q.device.type == "cuda" else None
 
     def train(self, steps: int, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Trains every member for `steps` further steps, or until the training's end.
@@ -86,26 +88,44 @@ class PackTrainer(Lockstep):
         last = min(self.steps_done + steps, self.steps_planned)
         if self.steps_done == last or not may_go_on():
             return
+        prepare, step = (self._prepare_on_gpu, self._step_on_gpu) if self._graphs else (self._shared_batch, self._step)
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            following = pool.submit(self._shared_batch, self.steps_done)
+            following = pool.submit(prepare, self.steps_done)
             while self.steps_done < last:
                 batch = following.result()
-                progress = self.steps_done / self.steps_planned
-                factor = learning_rate_factor(self.training, progress)
+                if self._graphs:
+                    batch = self._graphs.take()
                 # the next batch is made beside this one's steps
                 if self.steps_done + 1 < last:
-                    following = pool.submit(self._shared_batch, self.steps_done + 1)
-                for stepped in [pool.submit(member.step, batch, factor, progress) for member in self.members]:
-                    stepped.result()
+                    following = pool.submit(prepare, self.steps_done + 1)
+                step(batch, pool)
                 self.steps_done += 1
                 if self.steps_done < last and not may_go_on():
                     return
 
-    @torch.no_grad()
     def _shared_batch(self, step: int) -> SharedBatch:
-        numbers = self.sequences_of(step)
-        x = self.cache.read(self.layer.geometry.layer, "train", numbers).to(self.layer.w_q.device)
+        return self._share(self.cache.read(self.layer.geometry.layer, "train", self.sequences_of(step)))
+
+    def _prepare_on_gpu(self, step: int) -> None:
+        x = self.cache.read_stored(self.layer.geometry.layer, "train", self.sequences_of(step))
+        # page-locked, which a GPU copies from while it computes
+        self._graphs.prepare(x if x.is_cuda else x.pin_memory())
+
+    @torch.no_grad()
+    def _share(self, x: Tensor) -> SharedBatch:
         return shared_batch(x, self.layer, self.reference, self.dtype)
+
+    def _step(self, batch: SharedBatch, pool: ThreadPoolExecutor) -> None:
+        for stepped in [pool.submit(member.step, batch, *self._where()) for member in self.members]:
+            stepped.result()
+
+    def _step_on_gpu(self, batch: SharedBatch, _pool: ThreadPoolExecutor) -> None:
+        self._graphs.step(batch, self.members, *self._where())
+
+    def _where(self) -> tuple[float, float]:
+        """The learning rate's factor and the share of the training that is done, of the next step."""
+        progress = self.steps_done / self.steps_planned
+        return learning_rate_factor(self.training, progress), progress
 
 
 class CheckpointHeader(Schema):

@@ -11,6 +11,7 @@ from qkmodel.attention import AttentionGeometry
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
 from qkmodel.kernels.pattern_kl_cpu import blocks_of
 from qkmodel.model_description import ModelDescription
+from qkmodel.pack_graphs import STREAMS
 from qkmodel.pattern_comparison import EVALUATION_BATCH
 from qkmodel.transcode import SPARSE_SHARE
 
@@ -19,8 +20,8 @@ LASTING_BYTES = 14
 # For each weight while its member steps: a gradient in float32.
 STEP_BYTES = 4
 # For each pre-activation of a batch. Dense way: encoder's output, activation, penalty and the gradients of each, in
-# float32; sparse way: only the output, in bfloat16.
-DENSE_BYTES, SPARSE_BYTES = 36, 2
+# float32; sparse way: only the output, in bfloat16, and on a GPU also activation and gradient, spread out.
+DENSE_BYTES, SPARSE_BYTES = 36, {"cpu": 2, "cuda": 6}
 # For each candidate pair of a dictionary: its number, its saliency, its key feature, and what sorting them takes; and
 # for each of a mask: itself, two moments, its sample and the gradients of each, in float32.
 CANDIDATE_BYTES, MASKED_BYTES = 40, 32
@@ -58,13 +59,15 @@ def pack_bytes(
 ) -> int:
     """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once.
 
-    Evaluation, in batches of its own size, is reckoned as steps of that size; cross-entropies follow it.
+    On a GPU as many step at once as there are streams, and each stream keeps its memory. Evaluation, in batches of its
+    own size, is reckoned as steps of that size; cross-entropies follow it.
     """
     forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
     batch = max(batch, EVALUATION_BATCH)
     lasting = sum(LASTING_BYTES * _parameters(member, geometry) for member in members)
     steps = sorted((_step_bytes(member, geometry, batch * context, device) for member in members), reverse=True)
-    training = sum(steps[:threads]) + BATCHES * _shared_bytes(geometry, batch, context, device) + forward
+    at_once = threads if device == "cpu" else STREAMS
+    training = sum(steps[:at_once]) + BATCHES * _shared_bytes(geometry, batch, context, device) + forward
     patching = min(threads, len(members)) * _patched_bytes(use, context) if use is not None and use.patched else 0
     weights = _weight_bytes(use.model) if use is not None else 0
     return LIBRARIES_BYTES + RUNNING_BYTES + weights + lasting + max(training, patching)
@@ -134,8 +137,9 @@ def _parameters(member: Hyperparameters, geometry: AttentionGeometry) -> int:
 def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: int, device: str) -> int:
     total = STEP_BYTES * _parameters(member, geometry)
     for side, width in _sides(member, geometry):
-        sparse = device == "cpu" and side.k is not None and side.k <= SPARSE_SHARE * side.dictionary_size
-        total += tokens * side.dictionary_size * (SPARSE_BYTES if sparse else DENSE_BYTES)
+        picked = ("topk", "batchtopk") if device == "cpu" else ("topk",)
+        sparse = side.activation in picked and side.k <= SPARSE_SHARE * side.dictionary_size
+        total += tokens * side.dictionary_size * (SPARSE_BYTES[device] if sparse else DENSE_BYTES)
         # outputs, their rotated differences and gradients
         total += 4 * tokens * width * 6
     return total

@@ -1,15 +1,15 @@
 """How one side of a transcoder runs in bulk: from inputs to reconstructed queries or keys, in training and evaluation.
 
-Where few features are active (TopK, BatchTopK, and ReLU once it has become sparse) a batch goes a sparse way on the
-CPU, which never touches the others again: their gradients are zero. Everything else is dense. Both give the same
-numbers up to rounding.
+Where few features are active a batch goes a sparse way, which does not touch the others again, since their gradients
+are zero: on the CPU with TopK, BatchTopK, and ReLU once it has become sparse, on a GPU with TopK. Everything else is
+dense. All ways give the same numbers up to rounding.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from qkmodel.kernels.numerics_cpu import as_array
@@ -31,6 +31,8 @@ from qkmodel.transcoder import Transcoder
 
 # Up to this share of active features they are picked out: that costs in proportion to them, a dense product does not.
 SPARSE_SHARE = 1 / 16
+# Up to this many features a GPU picks them out: one program holds a token's pre-activations.
+MOST_ON_GPU = 32_768
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Side:
     y: Float[Tensor, "tokens d_out"]
     pre: Float[Tensor, "batch context features"] | None
     f: Float[Tensor, "batch context features"] | Float[Tensor, "active"]
-    features: Int64[Tensor, "active"] | None
-    active: Int64[Tensor, ""] | int
+    features: Int[Tensor, "active"] | None
+    active: Int[Tensor, ""] | int
 
     def scaled(self, norms: Float[Tensor, "features"]) -> Tensor:
         """f times each feature's norm, in the shape of `f`."""
@@ -74,13 +76,16 @@ class Code:
 def transcode(transcoder: Transcoder, inputs: CentredInputs) -> Side:
     """Reconstructed outputs of a batch that is trained on."""
     activation = transcoder.activation
-    if inputs.x.device.type == "cpu" and (code := _training_code(transcoder, inputs)) is not None:
+    if inputs.x.device.type == "cuda":
+        if isinstance(activation, TopK) and _is_sparse(transcoder) and transcoder.features <= MOST_ON_GPU:
+            return _transcode_largest_on_gpu(transcoder, inputs)
+    elif (code := _training_code(transcoder, inputs)) is not None:
         return _transcode_sparsely(transcoder, inputs, code)
     dtype = inputs.rounded.dtype
-    pre = linear(inputs.rounded, transcoder.W_enc, dtype) + transcoder.b_enc
+    pre = linear(inputs.rounded, transcoder.W_enc, transcoder.b_enc, dtype)
     pre = pre.unflatten(0, (-1, inputs.context))
     f = activation.training_forward(pre)
-    y = linear(f.flatten(0, 1), transcoder.W_dec.mT, dtype) + transcoder.b_out
+    y = linear(f.flatten(0, 1), transcoder.W_dec.mT, transcoder.b_out, dtype)
     return Side(y, pre, f, None, (f.detach()[:, 1:] > 0).sum())
 
 
@@ -133,6 +138,17 @@ def _transcode_sparsely(transcoder: Transcoder, inputs: CentredInputs, code: Cod
     return Side(y, None, f, torch.from_numpy(code.features).long(), active)
 
 
+def _transcode_largest_on_gpu(transcoder: Transcoder, inputs: CentredInputs) -> Side:
+    # Triton comes with torch's CUDA builds only
+    from qkmodel.kernels.sparse_triton import SparseTopK, choose
+
+    chosen = choose(_pre_activations(transcoder, inputs), transcoder.activation.k)
+    weights = (transcoder.W_enc, transcoder.b_enc, transcoder.W_dec, transcoder.b_out)
+    y, values, active = SparseTopK.apply(*weights, inputs.x, inputs.rounded, chosen)
+    counted = active.view(-1, inputs.context)[:, 1:].sum()
+    return Side(y, None, values.flatten(), chosen.features.flatten(), counted)
+
+
 def _encode_largest(transcoder: Transcoder, inputs: CentredInputs, count: int) -> Code:
     """The `count` largest features of each token."""
     bits = _pre_activation_bits(transcoder, inputs)
@@ -169,11 +185,16 @@ def _encode_few_positive(transcoder: Transcoder, inputs: CentredInputs) -> Code 
     return _with_values(transcoder, inputs, starts, features)
 
 
-@torch.no_grad()
 def _pre_activation_bits(transcoder: Transcoder, inputs: CentredInputs) -> np.ndarray:
+    pre = _pre_activations(transcoder, inputs)
+    return pre.view(torch.int16 if pre.dtype == torch.bfloat16 else torch.int32).numpy()
+
+
+@torch.no_grad()
+def _pre_activations(transcoder: Transcoder, inputs: CentredInputs) -> Float[Tensor, "tokens features"]:
+    """In the products' element type."""
     dtype = inputs.rounded.dtype
-    pre = torch.nn.functional.linear(inputs.rounded, transcoder.W_enc.to(dtype), transcoder.b_enc.to(dtype))
-    return pre.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).numpy()
+    return torch.nn.functional.linear(inputs.rounded, transcoder.W_enc.to(dtype), transcoder.b_enc.to(dtype))
 
 
 def _with_values(transcoder: Transcoder, inputs: CentredInputs, starts: np.ndarray, features: np.ndarray) -> Code:

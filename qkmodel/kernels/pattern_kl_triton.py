@@ -28,7 +28,16 @@ from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.kernels.pattern_kl_terms import Keys, Queries
-from qkmodel.kernels.pattern_kl_triton_kernels import key_gradient, query_gradient, row_normalisers, true_log_sums
+from qkmodel.kernels.pattern_kl_triton_kernels import (
+    key_gradient,
+    query_gradient,
+    row_normalisers,
+    true_log_sums,
+    turn,
+)
+
+# Numbers that a program turns: sixteen for each thread.
+TURNED_AT_ONCE = 2048
 
 
 class Tile(NamedTuple):
@@ -84,15 +93,15 @@ def pattern_kl_gradients(q_hat: Queries, k_hat: Keys, true: TruePattern) -> tupl
     options = _options(layer, context, tile)
     by_query, by_key = _grid(batch * n_heads, context, tile), _grid(batch * n_kv_heads, context, tile)
 
-    query_changes = (layer.rotate(q_hat) * scale - true.queries).to(true.queries_product.dtype).contiguous()
-    key_changes = (layer.rotate(k_hat) - true.keys).to(true.keys_product.dtype).contiguous()
+    query_changes = _turned(layer, q_hat, scale, true.queries, true.queries_product.dtype)
+    key_changes = _turned(layer, k_hat, 1.0, true.keys, true.keys_product.dtype)
     sides = (true.queries_product, query_changes, true.keys_product, key_changes, true.log_sums)
     normalisers, sums = true.log_sums.new_empty(3, batch, n_heads, context), true.log_sums.new_empty(3, *by_query)
     dq, dk = torch.empty_like(true.queries), torch.empty_like(true.keys)
     row_normalisers[by_query](*sides, normalisers, sums, context, **options)
     query_gradient[by_query](*sides, normalisers, dq, scale / rows, context, **options)
     key_gradient[by_key](*sides, normalisers, dk, 1.0 / rows, context, **options)
-    return sums.sum((1, 2)) / rows, _rotate_back(layer, dq), _rotate_back(layer, dk)
+    return sums.sum((1, 2)) / rows, _turned_back(layer, dq), _turned_back(layer, dk)
 
 
 def choose_tile(d_head: int, product_dtype: torch.dtype) -> Tile:
@@ -134,16 +143,27 @@ def padded(d_head: int) -> int:
     return max(16, triton.next_power_of_2(d_head))
 
 
-def _rotate_back(layer: AttentionLayer, gradient: Tensor) -> Tensor:
-    """The transpose of `layer.rotate`, overwriting `gradient`: a turn by the negative angle.
+def _turned(layer: AttentionLayer, y: Tensor, scale: float, base: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale · rotary(y) − base, rounded once."""
+    return _turn(layer, y.contiguous(), scale, base, torch.empty_like(base, dtype=dtype), back=False)
 
-    Mirroring a pair, turning it forward and mirroring it again turns it backward.
-    """
-    rotary_dim = layer.geometry.rotary_dim
-    if not rotary_dim:
+
+def _turned_back(layer: AttentionLayer, gradient: Tensor) -> Tensor:
+    """The transpose of `layer.rotate`."""
+    if not layer.geometry.rotary_dim:
         return gradient
-    mirrored = slice(1, rotary_dim, 2) if layer.geometry.rotary_interleaved else slice(rotary_dim // 2, rotary_dim)
-    gradient[..., mirrored].neg_()
-    restored = layer.rotate(gradient)
-    restored[..., mirrored].neg_()
-    return restored
+    return _turn(layer, gradient, 1.0, None, torch.empty_like(gradient), back=True)
+
+
+def _turn(layer: AttentionLayer, y: Tensor, scale: float, base: Tensor | None, out: Tensor, back: bool) -> Tensor:
+    geometry, (batch, context, heads, d_head) = layer.geometry, y.shape
+    rows, depth = batch * context * heads, padded(d_head)
+    own = max(1, TURNED_AT_ONCE // depth)
+    # nothing is read where there is nothing to read
+    cos, sin = layer.rotary_table(context) if geometry.rotary_dim else (y, y)
+    turn[(triton.cdiv(rows, own),)](
+        y, cos, sin, y if base is None else base, out, rows, context, scale,
+        HEADS=heads, D_HEAD=d_head, DEPTH=depth, ROTARY=geometry.rotary_dim, INTERLEAVED=geometry.rotary_interleaved,
+        BACK=back, HAS_BASE=base is not None, OWN=own,
+    )  # fmt: skip
+    return out

@@ -15,6 +15,37 @@ FULL_WEIGHT = tl.constexpr(pattern_kl_terms.FULL_WEIGHT)
 
 
 @triton.jit
+def turn(
+    source, cos, sin, base, out, rows, context, scale,
+    HEADS: tl.constexpr, D_HEAD: tl.constexpr, DEPTH: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BACK: tl.constexpr, HAS_BASE: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """out = scale · (rotary embedding of the source) − base; `BACK` turns by the negative angle: its transpose.
+
+    A row is one head at one position. `cos` and `sin` are [context, ROTARY / 2].
+    """
+    own = (tl.program_id(0) * OWN + tl.arange(0, OWN)).to(tl.int64)
+    depth = tl.arange(0, DEPTH)[None, :]
+    at = own[:, None] * D_HEAD + depth
+    mask = (own < rows)[:, None] & (depth < D_HEAD)
+    values = tl.load(source + at, mask=mask, other=0.0)
+    if ROTARY > 0:
+        is_first = depth % 2 == 0 if INTERLEAVED else depth < ROTARY // 2
+        pair = depth // 2 if INTERLEAVED else depth % (ROTARY // 2)
+        apart = 1 if INTERLEAVED else ROTARY // 2
+        turned = mask & (depth < ROTARY)
+        others = tl.load(source + at + tl.where(is_first, apart, -apart), mask=turned, other=0.0)
+        angle = ((own // HEADS) % context)[:, None] * (ROTARY // 2) + pair
+        others *= tl.load(sin + angle, mask=turned, other=0.0)
+        values *= tl.load(cos + angle, mask=turned, other=1.0)
+        values += tl.where(is_first ^ BACK, -others, others)
+    values *= scale
+    if HAS_BASE:
+        values -= tl.load(base + at, mask=mask, other=0.0)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def true_log_sums(
     queries, keys, log_sums, context, window,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, D_HEAD: tl.constexpr, DEPTH: tl.constexpr,
