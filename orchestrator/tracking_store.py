@@ -17,6 +17,7 @@ SHA256_TAG = "qk.dictionary_sha256"
 # of a parent run with `SweepRecord.run_tag`, of a version with the sweep's name
 SWEEP_TAG = "qk.sweep"
 # beside the sweeps' folders
+STORE_FILE = "mlflow.db"
 LOCK_FILE = "mlflow.db.lock"
 # a dead server then costs seconds instead of minutes; what the user set stays
 _PATIENCE = {
@@ -67,7 +68,7 @@ def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | No
 
 
 def _address_in(storage: Path) -> str:
-    file = storage / "mlflow.db"
+    file = storage / STORE_FILE
     address = f"sqlite:///{file}"
     # escaped, MLflow finds the file and makes folders elsewhere
     if sqlite_file(address) != file:
