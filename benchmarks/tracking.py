@@ -19,6 +19,7 @@ The last line of standard output is JSON:
 
 import argparse
 import asyncio
+import hashlib
 import json
 import statistics
 import tempfile
@@ -35,6 +36,7 @@ from mlflow import MlflowClient
 from orchestrator.ledger import Ledger
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_store import tracking_address
+from qkmodel.dictionary import CONFIG_FILE, FILES
 from tests.system.browser import CHROMIUM, browser_page
 from tests.system.services import MlflowServer, PostgresServer, free_port
 from tests.system.test_kills import Sweep
@@ -69,11 +71,20 @@ def book(ledger: Ledger, trainings: int) -> float:
         # one in fifty is on the front
         kl = 0.5 / (1 + number) if number % 50 == 0 else 1.0 - 1e-4 * number
         metrics = {"kl": kl, "l0": float(1 + number), "kl_recovered": 1 - kl / 2}
-        folder = ledger.folder / "dictionaries" / name
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(name)
-        ledger.finish(name, metrics, f"dictionaries/{name}", "aa" * 32)
+        ledger.finish(name, metrics, f"dictionaries/{name}", write_dictionary(ledger.folder / "dictionaries" / name))
     return time.perf_counter() - began
+
+
+def write_dictionary(folder: Path) -> str:
+    """Files that are as large as nothing and have the hashes of a dictionary; that which the ledger keeps."""
+    folder.mkdir(parents=True)
+    content = folder.name.encode()
+    tensors = [name for name in FILES if name != CONFIG_FILE]
+    for name in tensors:
+        (folder / name).write_bytes(content)
+    config = json.dumps({"files": dict.fromkeys(tensors, hashlib.sha256(content).hexdigest())}).encode()
+    (folder / CONFIG_FILE).write_bytes(config)
+    return hashlib.sha256(config).hexdigest()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from qkmodel.tasks import Task
 
 # `l0=16` takes up to 17.6: where l0 is steered to a target, it ends a few per cent beside it
 L0_TOLERANCE = Fraction(1, 10)
+WHERE_IDS_ARE = "dictionaries/ in its folder has all by id, orchestrate fronts --json those on fronts"
 RULES = "knee, l0=16 (of pair masks: pairs=9000), kl_recovered>=0.95 or training=ID"
 
 _DIGITS_OF_ID = 8
@@ -138,27 +139,39 @@ def apply_rule(statuses: Sequence[StudyStatus], rule: Rule, layer: int | None = 
 
 
 def _choose_training(statuses: Sequence[StudyStatus], rule: TrainingRule, layer: int | None) -> Choice:
-    wanted = rule.training_id
-    pairs = [(status, one) for status in statuses for one in status.trainings if one.training_id.startswith(wanted)]
-    exact = [pair for pair in pairs if pair[1].training_id == wanted]
-    if len(exact or pairs) != 1:
-        problem = f"{len(pairs)} trainings begin with {wanted}" if pairs else f"the sweep has no training {wanted}"
-        raise InputError(f"--rule: {problem}; orchestrate fronts --json lists ids")
-    ((status, training),) = exact or pairs
+    status, training = find_finished(statuses, rule.training_id, "--rule")
     if layer not in (None, training.layer):
         raise InputError(f"--layer: training {training.training_id} is of layer {training.layer}, not {layer}")
+    return Choice(status, training, f"training-{training.training_id[:_DIGITS_OF_ID]}")
+
+
+def find_finished(statuses: Sequence[StudyStatus], wanted: str, option: str) -> tuple[StudyStatus, Training]:
+    """The finished training of an id or its first digits, and its study.
+
+    Raises InputError, which names `option`, where it is none, several or has not finished.
+    """
+    pairs = [(status, one) for status in statuses for one in status.trainings if one.training_id.startswith(wanted)]
+    exact = [pair for pair in pairs if pair[1].training_id == wanted]
+    if not wanted or len(exact or pairs) != 1:
+        several = f"{len(pairs)} trainings begin with {wanted}"
+        problem = several if pairs else f"the sweep has no training {wanted[:80]}"
+        raise InputError(f"{option}: {problem}; {WHERE_IDS_ARE}")
+    ((status, training),) = exact or pairs
     if training.state != "finished":
         raise InputError(
-            f"--rule: training {training.training_id} is {training.state}; only finished ones have a dictionary"
+            f"{option}: training {training.training_id} is {training.state}; only finished ones have a dictionary"
         )
-    return Choice(status, training, f"training-{training.training_id[:_DIGITS_OF_ID]}")
+    return status, training
 
 
 def _what_there_is(status: StudyStatus, rule: FrontRule) -> str:
     front = status.front
     # whatever is on a front, it has a knee
     if isinstance(rule, KneeRule) or not front:
-        return f"{status.title}: the front is empty; nothing has finished inside the feasible box yet"
+        return (
+            f"{status.title}: the front is empty; nothing has finished inside the feasible box yet "
+            "(--rule training=ID takes one outside)"
+        )
     recovered, sizes = [_recovered(one) for one in front], [point_of(one)[0] for one in front]
     found = front[0].objectives
     offered = f"{found.size} {sizes[0]:.6g} to {sizes[-1]:.6g}"

@@ -1,6 +1,7 @@
 """The commands of `orchestrate`: parse, call, print."""
 
 import logging
+import os
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.status import fronts_record, status_record, study_statuses
 from orchestrator.tables import counted, front_table, state_table
-from orchestrator.tracking_store import TrackingUnavailable
+from orchestrator.tracking_store import STORE_FILE, TrackingUnavailable
 from qkmodel.errors import InputError
-from qkmodel.files import user_path
+from qkmodel.files import require_place, user_path
 
 app = typer.Typer(
     add_completion=False,
@@ -176,14 +177,15 @@ def explain(
 
     words = read_prompt(prompt, text)
     if output is not None:
-        from orchestrator.report.explanation_page import require_place, write_explanation
+        from orchestrator.report.explanation_page import write_explanation
 
+        output = user_path("--output", str(output))
         # before the model is loaded for it
-        require_place(output)
+        require_place("--output", output)
     opened = open_dictionary(dictionary, tracking)
     found, tokens, texts = explain(opened, head, words, keys, pairs)
     if output is not None:
-        for line in write_explanation(output, opened, found, tokens, texts, storage):
+        for line in write_explanation(output, opened, found, tokens, texts, user_path("--storage", str(storage))):
             messages.print(line, markup=False, highlight=False, soft_wrap=True)
         messages.print(f"written: {output}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
@@ -287,7 +289,8 @@ def report(
     from orchestrator.report.write import write_report
 
     ledger = _open_ledger(sweep)
-    path, left_out = write_report(ledger, output, training)
+    place = user_path("--output", str(output)) if output is not None else None
+    path, left_out = write_report(ledger, place, training)
     for line in left_out:
         messages.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(str(path), markup=False, highlight=False, soft_wrap=True)
@@ -422,13 +425,23 @@ def _print_chosen(record: dict[str, Any], label: str) -> None:
 
 def _tracking_of(sweep: str) -> tuple[str | None, Path]:
     """A sweep's `tracking`, whole, and its `storage`."""
-    if Path(sweep).is_file():
-        config = load_sweep(Path(sweep))
+    file = user_path("SWEEP", sweep)
+    if file.is_file():
+        config = load_sweep(file)
         return config.tracking, Path(config.storage).expanduser()
     tracking = _open_ledger(sweep).sweep().config["tracking"]
     if tracking is not None and HIDDEN in tracking:
         raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file in its place")
-    return tracking, _sweep_folder(sweep).parent
+    return tracking, _storage_of(_sweep_folder(sweep))
+
+
+def _storage_of(folder: Path) -> Path:
+    """The storage that a sweep's folder lies in: where MLflow's store is, and else where the folder itself is.
+
+    A link may lie outside the storage, and one in the storage may lead to a folder elsewhere.
+    """
+    named = Path(os.path.abspath(folder)).parent
+    return named if (named / STORE_FILE).is_file() else folder.resolve().parent
 
 
 def _tracking_address(sweep: str | None) -> str:

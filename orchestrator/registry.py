@@ -208,7 +208,7 @@ def _download(address: str, source: str, sha256: str) -> Dictionary:
 
         def fetch(names: Sequence[str]) -> None:
             if gone := [name for name in names if name not in there]:
-                raise InputError(f"{gone[0]} is gone from {redact_url(source)}; orchestrate choose registers it anew")
+                raise InputError(f"{gone[0]} is gone from {redact_url(source)}")
             for name in names:
                 mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=scratch, tracking_uri=address)
 
@@ -219,7 +219,8 @@ def _download(address: str, source: str, sha256: str) -> Dictionary:
             fetch([name for name in files_of(config) if name != CONFIG_FILE])
             return load_folder(scratch, sha256)
         except InputError as error:
-            raise InputError(str(error).replace(f"{scratch}/", "")) from error
+            found = str(error).replace(f"{scratch}/", "")
+            raise InputError(f"{found}; orchestrate choose registers it anew") from error
 
 
 class _Registration:

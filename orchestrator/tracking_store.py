@@ -17,6 +17,7 @@ SHA256_TAG = "qk.dictionary_sha256"
 # of a parent run with `SweepRecord.run_tag`, of a version with the sweep's name
 SWEEP_TAG = "qk.sweep"
 # beside the sweeps' folders
+STORE_FILE = "mlflow.db"
 LOCK_FILE = "mlflow.db.lock"
 # a dead server then costs seconds instead of minutes; what the user set stays
 _PATIENCE = {
@@ -67,7 +68,7 @@ def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | No
 
 
 def _address_in(storage: Path) -> str:
-    file = storage / "mlflow.db"
+    file = storage / STORE_FILE
     address = f"sqlite:///{file}"
     # escaped, MLflow finds the file and makes folders elsewhere
     if sqlite_file(address) != file:
@@ -104,10 +105,10 @@ def unavailable(address: str, error: Exception) -> TrackingUnavailable:
     # a download that failed is told in a list
     reason = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
     if _WANTS_PASSWORD.search(reason):
-        return TrackingUnavailable(
-            f"MLflow at {redact_url(address)} asks for a password: set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD"
-        )
+        names = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        if all(os.environ.get(name) for name in names.split(" and ")):
+            return TrackingUnavailable(f"MLflow at {redact_url(address)} refuses the password in {names}")
+        return TrackingUnavailable(f"MLflow at {redact_url(address)} asks for a password: set {names}")
     if _NO_SERVER.search(reason):
         return no_server(address)
     return TrackingUnavailable(f"MLflow at {redact_url(address)} cannot be used now: {_shortened(redact_url(reason))}")

@@ -1,6 +1,7 @@
 """Files that are either whole or absent, and locks that are let go of, whatever kills the process that has them."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from qkmodel.errors import InputError
 
 PARTIAL_SUFFIX = ".partial"
+# not what was written is wrong then: the same place serves again once the disk does
+_DISK_GAVE_OUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def user_cache_folder() -> Path:
@@ -24,8 +27,20 @@ def user_path(key: str, name: str) -> Path:
         path = Path(name).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{key}: {name[:80]} is not a usable path ({error})") from error
+        # an error of the system repeats the whole name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{key}: {name[:80]} is not a usable path ({reason})") from error
     return path
+
+
+def require_place(key: str, path: Path) -> None:
+    """Raises InputError when `write_atomically` cannot write `path`, which a person gave under `key`."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{key}: {path} is no file in a folder that is there")
+    partial = _partial(path.absolute())
+    with _refusing(f"{key}: {path}"):
+        partial.touch(exist_ok=False)
+        partial.unlink()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -33,7 +48,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     A process that dies halfway leaves a hidden file beside `path` whose name ends in PARTIAL_SUFFIX.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    partial = _partial(path)
     try:
         with partial.open("xb") as file:
             file.write(data)
@@ -49,13 +64,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to be filled, which takes the name `folder` at the end of the block and is gone after an exception.
 
-    Raises InputError, before anything is made, where `folder` is there already and not an empty folder.
+    Raises InputError where `folder` is there already and not an empty folder, and where none can be made.
     """
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise InputError(f"{folder}: is there already and not an empty folder; give another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-    partial.mkdir()
+    partial = _partial(folder)
+    with _refusing(str(folder)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
     try:
         yield partial
         os.rename(partial, folder)
@@ -81,6 +97,20 @@ def exclusive(lock: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def _refusing(place: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_GAVE_OUT:
+            raise
+        raise InputError(f"{place}: cannot be written ({error.strerror}); give another") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
 
 
 def _sync_folder(folder: Path) -> None:

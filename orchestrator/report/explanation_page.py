@@ -46,12 +46,6 @@ class PairContexts:
     contexts: list[list[ShadedToken]]
 
 
-def require_place(output: Path) -> None:
-    """Raises InputError where no page can be written."""
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise InputError(f"--output: {output} is no file in a folder that is there")
-
-
 def write_explanation(
     output: Path,
     dictionary: Dictionary,

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-from orchestrator.choice import KneeRule
+from orchestrator.choice import KneeRule, find_finished
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import SweepRecord, Training
 from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses
 from orchestrator.study_names import study_names
-from qkmodel.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ class SweepFacts:
 
 
 def gather_sweep(ledger: Ledger, training_id: str | None) -> SweepFacts:
-    """Reads the ledger. `training_id` stands for its study in place of the front's knee.
+    """Reads the ledger. `training_id`, or what it begins with, stands for its study in place of the front's knee.
 
-    Raises InputError when no finished training has that id.
+    Raises InputError when no finished training has that id, and when several have.
     """
     statuses = study_statuses(ledger)
-    asked = None if training_id is None else _finished_training(statuses, training_id)
+    asked = None if training_id is None else find_finished(statuses, training_id, "--training")[1]
     names = study_names([status.study for status in statuses])
     studies = []
     for status in statuses:
@@ -65,14 +64,3 @@ def gather_sweep(ledger: Ledger, training_id: str | None) -> SweepFacts:
             )
         )
     return SweepFacts(ledger.sweep(), studies)
-
-
-def _finished_training(statuses: list[StudyStatus], training_id: str) -> Training:
-    for status in statuses:
-        for training in status.trainings:
-            if training.training_id != training_id:
-                continue
-            if training.state != "finished":
-                raise InputError(f"--training: {training_id} is {training.state}; give one that is finished")
-            return training
-    raise InputError(f"--training: this sweep has no training {training_id}; `orchestrate fronts --json` lists ids")

@@ -9,7 +9,7 @@ from orchestrator.report.page import ReportContent, render_page
 from orchestrator.report.sweep_facts import StudyFacts, SweepFacts, gather_sweep
 from orchestrator.report.token_texts import TokenTexts
 from qkmodel.errors import InputError
-from qkmodel.files import write_atomically
+from qkmodel.files import require_place, write_atomically
 
 
 def write_report(ledger: Ledger, output: Path | None = None, training_id: str | None = None) -> tuple[Path, list[str]]:
@@ -24,8 +24,7 @@ def write_report(ledger: Ledger, output: Path | None = None, training_id: str | 
             "what one of them keeps"
         )
     path = ledger.folder / REPORT_FILE if output is None else output
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--output: {path} is no file in a folder that is there")
+    require_place("--output", path)
     content = gather_report(gather_sweep(ledger, training_id), ledger.folder)
     write_atomically(path, render_page(content).encode())
     return path, content.left_out

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli import _where_tracked
+from orchestrator.cli import _tracking_of, _where_tracked
 from orchestrator.config import load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
@@ -145,8 +145,8 @@ def test_report_says_where_it_is_and_what_it_lacks(swept: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--training", "lost"], "error: --training: lost is failed; give one that is finished"),
-        (["--training", "none"], "error: --training: this sweep has no training none;"),
+        (["--training", "lost"], "error: --training: training lost is failed; only finished ones have a dictionary"),
+        (["--training", "none"], "error: --training: the sweep has no training none;"),
         (["--output", "nowhere/page.html"], "error: --output: nowhere/page.html is no file in a folder that is there"),
     ],
 )
@@ -301,7 +301,10 @@ def test_a_command_that_cannot_be_understood_is_one_line(
             ["choose", "small", "--layer", "8", "--rule", "l0=4"],
             "layer 8: no training on the front has l0 ≤ 4.4; it offers",
         ),
-        (["choose", "small"], "layer 4: the front is empty"),
+        (
+            ["choose", "small"],
+            "layer 4: the front is empty; nothing has finished inside the feasible box yet (--rule training",
+        ),
         (
             ["choose", "small", "--layer", "5"],
             "--layer: the sweep has no such layer as of its latest start; it has 4, 8",
@@ -311,9 +314,20 @@ def test_a_command_that_cannot_be_understood_is_one_line(
         (["export", "small"], "Missing option '--output'"),
         (["export", "small", "--output", "o", "--layer", "8"], "dictionaries/high/config.json: cannot be read"),
         (["export", "small", "--output", "o", "--training", "nix"], "--rule: the sweep has no training nix"),
-        (["choose", "small", "--rule", "training=zzz"], "error: --rule: the sweep has no training zzz; orchestrate"),
+        (
+            ["choose", "small", "--rule", "training=zzz"],
+            "error: --rule: the sweep has no training zzz; dictionaries/ in its",
+        ),
         (["choose", "small", "--rule", "training=lost"], "error: --rule: training lost is failed; only finished"),
         (["export", "small", "--output", "o", "--training", "low", "--rule", "knee"], "--rule and --training exclude"),
+        (
+            ["report", "small", "--training", "zzz"],
+            "error: --training: the sweep has no training zzz; dictionaries/ in its",
+        ),
+        (["export", "small", "--output", "o", "--training", ""], "--rule: 'training=' is none"),
+        (["report", "small", "--output", "x" * 255], f"error: --output: {'x' * 255}: cannot be written (File name too"),
+        (["report", "small", "--output", "/proc/x.html"], "error: --output: /proc/x.html: cannot be written (No such"),
+        (["status", "x" * 5000], f"error: SWEEP: {'x' * 80} is not a usable path (File name too long)"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_one_line_and_changes_nothing(
@@ -323,8 +337,40 @@ def test_a_choice_that_cannot_be_made_is_one_line_and_changes_nothing(
     ran = orchestrate(*arguments, cwd=swept)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
-    assert words in ran.stderr
+    assert words in ran.stderr and len(ran.stderr) < 400
     assert sorted(swept.rglob("*")) == before
+
+
+def test_a_page_goes_where_a_tilde_leads(swept: Path, tmp_path: Path) -> None:
+    ran = orchestrate("report", "small", "--output=~/page.html", cwd=swept, HOME=str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "page.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["link", "runs/small/dictionaries/..", "elsewhere/runs/small"])
+def test_a_sweep_is_tracked_in_its_storage_whatever_its_folder_is_called(
+    swept: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(swept / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "small" / "dictionaries").mkdir()
+    (tmp_path / "link").symlink_to("runs/small")
+    (tmp_path / "elsewhere" / "runs").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "runs" / "small").symlink_to(tmp_path / "runs" / "small")
+    assert _tracking_of(str(tmp_path / name)) == (None, tmp_path / "runs")
+
+
+def test_a_sweep_that_lies_elsewhere_is_tracked_where_its_link_is(swept: Path, tmp_path: Path) -> None:
+    shutil.copytree(swept / "runs", tmp_path / "disk")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "small").symlink_to(tmp_path / "disk" / "small")
+    (tmp_path / "runs" / "mlflow.db").touch()
+    assert _tracking_of(str(tmp_path / "runs" / "small")) == (None, tmp_path / "runs")
+
+
+def test_a_sweep_file_is_found_where_a_tilde_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_sweep(tmp_path, tracking="http://u:secret@host:5000", storage=str(tmp_path / "runs"))
+    assert _tracking_of("~/sweep.yaml") == ("http://u:secret@host:5000", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("command", ["choose", "fronts", "status"])

@@ -89,13 +89,19 @@ def test_what_is_no_mlflow_server_is_said_and_nothing_is_forgotten(
     assert owed(ledger) == Owed(0, 0, anything=False)
 
 
-def test_a_server_that_asks_for_a_password_is_said_with_what_to_set(storage: Path, ledger: Ledger) -> None:
+def test_a_server_that_asks_for_a_password_is_said_with_what_to_set(
+    storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = b"HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic\r\n"
     answer = head + b"Content-Length: 4\r\nConnection: close\r\n\r\nwho?"
-    with failing_server(answer) as address, pytest.raises(TrackingUnavailable) as caught:
-        Tracker(address, storage, ledger).deliver()
     variables = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    assert str(caught.value) == f"MLflow at {address} asks for a password: set {variables}"
+    with failing_server(answer) as address:
+        for said in ("asks for a password: set", "refuses the password in"):
+            with pytest.raises(TrackingUnavailable) as caught:
+                Tracker(address, storage, ledger).deliver()
+            assert str(caught.value) == f"MLflow at {address} {said} {variables}"
+            for name in variables.split(" and "):
+                monkeypatch.setenv(name, "wrong")
 
 
 @contextmanager

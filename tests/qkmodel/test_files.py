@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from qkmodel.errors import InputError
 from qkmodel.files import exclusive, new_folder, write_atomically
 
 
@@ -73,3 +74,12 @@ def test_a_folder_that_was_filled_meanwhile_is_kept(tmp_path):
         (tmp_path / "folder" / "other").write_text("other")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert (tmp_path / "folder" / "other").read_text() == "other"
+
+
+@pytest.mark.parametrize("place", ["file/folder", "x" * 255, "/proc/folder"])
+def test_a_folder_that_cannot_be_made_is_refused_by_its_name(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written") as refused, new_folder(tmp_path / place):
+        pass
+    assert str(refused.value).startswith(f"{tmp_path / place}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -101,7 +101,7 @@ def test_a_server_that_asks_for_a_password(ledger: Ledger, tmp_path: Path, monke
         start(ledger, "waiting", k=4)
         with pytest.raises(TrackingUnavailable) as refused:
             Tracker(server.url, tmp_path, ledger).deliver()
-        assert f"MLflow at {server.url} asks for a password: set MLFLOW_TRACKING_USERNAME and" in str(refused.value)
+        assert f"MLflow at {server.url} refuses the password in MLFLOW_TRACKING_USERNAME and" in str(refused.value)
         assert "not the password" not in str(refused.value)
         assert owed(ledger) == Owed(1, 0, anything=True)
         ledger.fail("waiting", "not of interest")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.report.explanation_page import require_place, write_explanation
+from orchestrator.report.explanation_page import write_explanation
 from qkmodel.configs import CorpusConfig, ModelConfig
 from qkmodel.dictionary import CorpusIdentity, Dictionary, DictionaryConfig, ModelIdentity
 from qkmodel.errors import InputError
+from qkmodel.files import require_place
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pair_mask.explanation import HeadExplanation, explain_head
 from qkmodel.transcoder import initialise_qk_transcoder
@@ -71,4 +72,4 @@ def test_without_activations_the_page_says_what_is_left_out(explained, tmp_path:
 def test_a_place_without_room_for_a_page_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "gone" / "page.html"):
         with pytest.raises(InputError, match="--output"):
-            require_place(place)
+            require_place("--output", place)

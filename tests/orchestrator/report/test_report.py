@@ -137,7 +137,7 @@ def test_what_cannot_be_had_is_refused_and_nothing_written(world: ReportWorld, t
     ledger = copied(world, tmp_path)
     ledger.add_training(STUDY, "waiting", {"dictionary_size": 64, "activation": "topk", "k": 2}, 192)
     for arguments, reason in [
-        ((None, "nobody"), "has no training nobody"),
+        ((None, "nobody"), "--training: the sweep has no training nobody"),
         ((None, "waiting"), "waiting is open"),
         ((tmp_path / "gone" / "report.html", None), "--output"),
         ((tmp_path, None), "--output"),
