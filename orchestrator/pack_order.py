@@ -22,6 +22,13 @@ class MemberOrder(Schema):
     checkpoint: Path | None = None
 
 
+class CopiesOrder(Schema):
+    """Where a node keeps copies of what it reads of the activation cache, and how much of it."""
+
+    folder: Path
+    max_bytes: int
+
+
 class SourceOrder(Schema):
     """A dictionary whose pairs are masked: where it and its candidates lie, and on how much text these were found."""
 
@@ -50,6 +57,7 @@ class PackOrder(Schema):
     threads: int = Field(ge=1)
     sweep_folder: Path
     cache_folder: Path
+    copies: CopiesOrder | None = None
     streamed: bool
     reference_file: Path
     sources: dict[str, SourceOrder] = Field(default_factory=dict)

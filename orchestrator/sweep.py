@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from orchestrator.late_checks import check_plan
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.opening_token import keep_opening_token
-from orchestrator.pack_order import PackOrder
+from orchestrator.pack_order import CopiesOrder, PackOrder
 from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork, history
 from orchestrator.packs_on_ray import train_packs
 from orchestrator.pareto import MAX_L0_SHARE
@@ -36,6 +37,7 @@ from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import end_status
 from orchestrator.tracking_thread import TrackingThread
 from orchestrator.versions import GIT_DIFF_FILE, git_diff, git_sha, package_versions
+from qkmodel.configs import ActivationsConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
@@ -227,6 +229,7 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         threads=max(1, int(config.resources.pack.cpu)),
         sweep_folder=plan.folder,
         cache_folder=prepared.cache.folder,
+        copies=_copies(config.activations),
         streamed=prepared.streamed,
         reference_file=prepared.reference_files[study.layer],
         sources={source.name: prepared.sources[source.name] for source in study.sources},
@@ -249,6 +252,12 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         _machine(plan, prepared),
         unfinished,
     )
+
+
+def _copies(activations: ActivationsConfig) -> CopiesOrder | None:
+    if activations.node_folder is None:
+        return None
+    return CopiesOrder(folder=Path(activations.node_folder), max_bytes=activations.node_max_bytes)
 
 
 def _machine(plan: SweepPlan, prepared: Preparation) -> dict[str, int | str]:

@@ -22,6 +22,7 @@ from orchestrator.permit import Permit, permit
 from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
 from qkmodel.errors import InputError
+from qkmodel.node_copies import NodeCopies
 from qkmodel.pack import Checkpointed, load_checkpoint, save_checkpoint
 from qkmodel.reference import load_reference
 
@@ -61,7 +62,9 @@ class PackTrainable(tune.Trainable):
         order = self._order
         # threads take different members, so that no result depends on how many there are
         torch.set_num_threads(1)
-        cache = ActivationCache.open(order.cache_folder)
+        # `~` is this node's
+        copies = NodeCopies(order.copies.folder.expanduser(), order.copies.max_bytes) if order.copies else None
+        cache = ActivationCache.open(order.cache_folder, copies)
         layer, reference = load_reference(order.reference_file, order.device)
         training = StreamedActivations(cache, self._loaded_model()) if order.streamed else cache
         found = PackInputs(order, cache, training, layer, reference, self._loaded_model)

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -27,6 +27,9 @@ from torch import Tensor
 
 from qkmodel.errors import InputError
 from qkmodel.schema import Schema
+
+if TYPE_CHECKING:
+    from qkmodel.node_copies import NodeCopies
 
 # Raise it when the layout changes, or when `corpus.tokenise` orders sequences differently.
 FORMAT_VERSION = 1
@@ -147,14 +150,15 @@ class MissingShard:
 class ActivationCache:
     """A cache open for reading. Rows are copied out of memory-mapped files, which processes on a node share."""
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Path, manifest: Manifest, copies: "NodeCopies | None" = None):
         self.folder = folder
         self.manifest = manifest
+        self._copies = copies
         self._mapped: dict[str, Tensor] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
-        """Read the manifest alone; shards are opened as they are needed.
+    def open(cls, folder: Path, copies: "NodeCopies | None" = None) -> Self:
+        """Read the manifest alone; shards are opened as they are needed, from `copies` if they are given.
 
         Checksums are compared where the cache is built, not here. Raises InputError when `folder` is no
         cache or one of an unknown version.
@@ -162,7 +166,7 @@ class ActivationCache:
         manifest = read_manifest(folder)
         if manifest is None:
             raise InputError(f"{folder}: no activation cache here, {MANIFEST} is missing")
-        return cls(folder, manifest)
+        return cls(folder, manifest, copies)
 
     @property
     def context(self) -> int:
@@ -213,7 +217,12 @@ class ActivationCache:
         if path not in self._mapped:
             if path not in self.manifest.shards:
                 raise InputError(f"{self.folder}: {path} is not in this cache, which has layers {self.manifest.layers}")
-            self._mapped[path] = map_shard(self.folder / path)
+            original = self.folder / path
+            if self._copies is None:
+                self._mapped[path] = map_shard(original)
+            else:
+                name, shard = f"{self.folder.name}/{path}", self.manifest.shards[path]
+                self._mapped[path] = self._copies.map(original, name, shard)
         return self._mapped[path]
 
 

@@ -70,10 +70,16 @@ class CorpusConfig(Schema):
 
 
 class ActivationsConfig(Schema):
-    """How activations are cached: element type and the most bytes on disk, all layers together."""
+    """How activations are cached: element type and the most bytes on disk, all layers together.
+
+    `node_folder` is a folder on the own disk of every node that trains; what its packs read of the cache is copied
+    there, `node_max_bytes` at most.
+    """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_bytes: Size = Field(default=ByteSize(20_000_000_000), gt=0)
+    node_folder: Text | None = Field(default=None, pattern="^[/~]", examples=["/scratch/qk"])
+    node_max_bytes: Size = Field(default=ByteSize(100_000_000_000), gt=0)
 
 
 class TrainingConfig(Schema):

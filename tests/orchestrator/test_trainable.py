@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.checkpoints import checkpoint_path, newest_checkpoint
-from orchestrator.pack_order import DIVERGED, MemberOrder, MemberReport, PackOrder, dictionary_path
+from orchestrator.pack_order import DIVERGED, CopiesOrder, MemberOrder, MemberReport, PackOrder, dictionary_path
 from orchestrator.permit import ask_to_stop, grant
 from orchestrator.trainable import PackTrainable
 from qkmodel.configs import CorpusConfig, ModelConfig
@@ -33,6 +33,7 @@ def order(
     steps_done: int = 0,
     last_step: int = STEPS,
     streamed: bool = False,
+    copies: CopiesOrder | None = None,
 ) -> dict[str, str]:
     """The Tune configuration of a pack of TopK trainings with these learning rates; it may go on as a start's first."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,7 @@ def order(
         threads=1,
         sweep_folder=folder,
         cache_folder=world.cache.folder,
+        copies=copies,
         streamed=streamed,
         device="cpu",
         reference_file=reference_path(world.cache, LAYER, world.training),
@@ -95,6 +97,18 @@ def test_eight_reports_then_a_dictionary(world: SmallWorld, tmp_path: Path) -> N
     dictionary = load_dictionary(tmp_path / final.dictionary, final.dictionary_sha256)
     assert dictionary.config.metrics == final.metrics and dictionary.config.training_id == "a"
     assert final.metrics["kl"] < answers[0]["a"].metrics["kl"]
+
+
+def test_a_node_that_keeps_copies_trains_the_same_from_them(world: SmallWorld, tmp_path: Path) -> None:
+    run(order(world, tmp_path / "shared", {"a": 1e-2}))
+    copies = CopiesOrder(folder=tmp_path / "node", max_bytes=10**9)
+    run(order(world, tmp_path / "copied", {"a": 1e-2}, copies=copies))
+    assert transcoder_bytes(tmp_path / "shared", "a") == transcoder_bytes(tmp_path / "copied", "a")
+    names = {
+        path.relative_to(tmp_path / "node" / world.cache.folder.name).as_posix()
+        for path in (tmp_path / "node").rglob("*.safetensors")
+    }
+    assert names == {path for path in world.cache.manifest.shards if path.startswith(f"L{LAYER:02d}/")}
 
 
 def test_a_killed_pack_goes_on_to_the_same_dictionaries(world: SmallWorld, tmp_path: Path) -> None:
