@@ -14,6 +14,9 @@ HIDDEN = "***"
 _USERINFO = re.compile(r"(?<=://)(?:([^\s/?#:@]*)(:))?[^\s/?#]*@")
 _SECRET_PARAMETER = re.compile(r"([?&][^\s=&#]*(?:pass|pwd|secret|token|key)[^\s=&#]*=)[^\s&#]*", re.IGNORECASE)
 
+# of libpq, which reads secrets from them
+_SECRET_FILES = {"passfile", "sslkey"}
+
 
 def redact_url(text: str) -> str:
     """`text` with the secrets of every address in it replaced by `***`.
@@ -52,6 +55,29 @@ def require_readable(address: str) -> None:
     if not is_readable:
         # the value is not shown: what cannot be taken apart cannot be redacted either
         raise InputError("tracking: host and port cannot be read; in a password write / as %2F, ? as %3F, # as %23")
+
+
+def require_ledger_address(address: object) -> None:
+    """Raises InputError for what is no address of a PostgreSQL database, and for one with a password in it.
+
+    The value is shown in neither case.
+    """
+    try:
+        url = make_url(address) if isinstance(address, str) else None
+    except (ArgumentError, ValueError):
+        # the latter: of a port
+        url = None
+    if url is None or url.drivername != "postgresql" or not url.database:
+        raise InputError(
+            "ledger: is no address of a PostgreSQL database; write postgresql://HOST/DATABASE, with USER@ before HOST, "
+            "or null for a file in the sweep's folder"
+        )
+    secrets = [name for name in url.query if _SECRET_PARAMETER.match(f"?{name}=") and name not in _SECRET_FILES]
+    if url.password is not None or secrets:
+        raise InputError(
+            "ledger: has a password in it, which would lie in files; take it out and set PGPASSWORD, or write it to "
+            "~/.pgpass"
+        )
 
 
 def _hidden(user: str | None, colon: str | None) -> str:

@@ -7,6 +7,7 @@ the number of the sweep's start: what a worker of a dead driver still writes rep
 import logging
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from qkmodel.errors import InputError
@@ -30,9 +31,9 @@ class Checkpoints:
     def __init__(self, sweep_folder: Path) -> None:
         self._folder = sweep_folder
 
-    def newest(self, training_id: str) -> tuple[Path, CheckpointHeader] | None:
-        """See `newest_checkpoint`."""
-        return newest_checkpoint(self._folder, training_id)
+    def whole(self, training_id: str) -> Iterator[tuple[Path, CheckpointHeader]]:
+        """See `whole_checkpoints`."""
+        return whole_checkpoints(self._folder, training_id)
 
     def discard(self, training_id: str) -> None:
         """Removes all of a training that has ended, damaged ones too."""
@@ -40,14 +41,19 @@ class Checkpoints:
 
 
 def newest_checkpoint(sweep_folder: Path, training_id: str) -> tuple[Path, CheckpointHeader] | None:
-    """The farthest checkpoint that is whole, and what it says of itself; None where there is none.
+    """The first of `whole_checkpoints`; None where there is none."""
+    return next(whole_checkpoints(sweep_folder, training_id), None)
 
-    Damaged ones, and those of another training, are put aside. Raises OSError when one cannot be read at all, and
-    UnknownFormat.
+
+def whole_checkpoints(sweep_folder: Path, training_id: str) -> Iterator[tuple[Path, CheckpointHeader]]:
+    """A training's checkpoints that are whole, and what they say of themselves, the farthest first.
+
+    Each is read when it is asked for. Damaged ones, and those of another training, are put aside. Raises OSError when
+    one cannot be read at all, and UnknownFormat.
     """
     for path in _farthest_first(_folder(sweep_folder, training_id)):
         try:
-            return path, read_checkpoint_header(path, training_id)
+            yield path, read_checkpoint_header(path, training_id)
         except UnknownFormat:
             # whole, and the work of many hours perhaps: not ours to put aside
             raise
@@ -57,7 +63,6 @@ def newest_checkpoint(sweep_folder: Path, training_id: str) -> tuple[Path, Check
             wrong, _, _ = str(error).rpartition("; ")
             _log.warning("%s; it is kept as %s and the training goes on from the one before it", wrong, aside.name)
             path.replace(aside)
-    return None
 
 
 def drop_older(path: Path) -> None:

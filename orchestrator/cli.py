@@ -16,7 +16,7 @@ from orchestrator.cli_output import JsonOption, console, messages, naming, print
 from orchestrator.cluster.cli import cluster_commands
 from orchestrator.config import SweepConfig, load_sweep, one_line
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.ledger_place import place_in, place_of
 from orchestrator.status import fronts_record, status_record, study_statuses
 from orchestrator.tables import counted, front_table, state_table
 from orchestrator.tracking_store import STORE_FILE, TrackingUnavailable
@@ -394,7 +394,10 @@ def _print_fronts(ledger: Ledger) -> None:
 
 
 def _open_ledger(sweep: str) -> Ledger:
-    return Ledger.open_existing(_sweep_folder(sweep) / LEDGER_FILE)
+    folder, path = _sweep_folder(sweep), user_path("SWEEP", sweep)
+    # a sweep file knows it on machines, too, that do not have the folder
+    place = place_of(load_sweep(path), folder, reading=True) if path.is_file() else place_in(folder)
+    return Ledger.open_existing(place)
 
 
 def _sweep_folder(sweep: str) -> Path:

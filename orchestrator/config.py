@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.addresses import redact_url, require_readable, sqlite_file
+from orchestrator.addresses import redact_url, require_ledger_address, require_readable, sqlite_file
 from orchestrator.composition import compose_sweep
 from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig, rung_steps
 from orchestrator.task_checks import check_task
@@ -38,17 +38,6 @@ _TRACKING = re.compile(r"https?://[^\s/]+.*|(sqlite|postgresql|mysql|mssql)(\+\w
 
 def _named(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
-
-
-def _not_built(what: str, absent: object) -> BeforeValidator:
-    """For a key of the design that has one value so far: it may be written, and anything else is said to be to come."""
-
-    def check(value: object) -> object:
-        if isinstance(value, bool) or value != absent:
-            raise ValueError(f"not built yet: {what}; write {'null' if absent is None else absent} or leave it out")
-        return absent
-
-    return BeforeValidator(check)
 
 
 class PackResources(Schema):
@@ -113,7 +102,7 @@ class SweepConfig(Schema):
     pack: Literal["auto"] | int = "auto"
     resources: ResourcesConfig = ResourcesConfig()
     activations: ActivationsConfig = ActivationsConfig()
-    ledger: Annotated[None, _not_built("a ledger outside the sweep's folder", None)] = None
+    ledger: str | None = None
     tracking: Text | None = None
     storage: Text = "runs"
 
@@ -139,6 +128,13 @@ class SweepConfig(Schema):
         if pack != "auto" and (isinstance(pack, bool) or not isinstance(pack, int) or pack < 1):
             raise ValueError("must be auto, or how many trainings (1 or more) share a batch")
         return pack
+
+    @field_validator("ledger", mode="before")
+    @classmethod
+    def _database_address(cls, ledger: object) -> object:
+        if ledger is not None:
+            require_ledger_address(ledger)
+        return ledger
 
     @field_validator("tracking")
     @classmethod

@@ -34,8 +34,9 @@ def export_studies(ledger: Ledger) -> str:
     """Writes the studies to a file in the sweep's folder, in place of the last export, and answers its address.
 
     Minimised are `kl` and `l0`, or those of pair masks. Trainings that are still to end are left out; stopped ones are
-    pruned trials.
+    pruned trials. Raises InputError on a machine that does not have the folder.
     """
+    ledger.require_folder()
     path = ledger.folder / DASHBOARD_FILE
     for old in (path, *path.parent.glob(f"{DASHBOARD_FILE}-*")):
         old.unlink(missing_ok=True)

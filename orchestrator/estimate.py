@@ -32,7 +32,8 @@ class Estimate:
     holds no training activations, and packs compute them.
 
     Measured: one forward pass to the deepest layer, one through the whole model, and optimiser steps of the
-    space's trainings on random activations of the right shape. Assumed: an evaluation batch costs what a step
+    space's trainings on random activations of the right shape; on a GPU one after the other and launched kernel by
+    kernel, which takes some twice as long as a pack's graphs. Assumed: an evaluation batch costs what a step
     costs, packs that run side by side do not slow each other down, and halving stops as many as it promises.
     """
 

@@ -13,8 +13,10 @@ from qkmodel.errors import InputError
 def deliver_late(ledger: Ledger, tracking: str | None, storage: Path) -> str:
     """Delivers everything that a sweep owes, and answers where to, without passwords.
 
-    Raises InputError while a driver is at work on the sweep, which delivers itself; TrackingUnavailable.
+    Raises InputError while a driver is at work on the sweep, which delivers itself, and on a machine that does not have
+    its folder; TrackingUnavailable.
     """
+    ledger.require_folder()
     try:
         with only_driver(ledger.folder):
             refuse_beside_living_driver(ledger)

@@ -1,9 +1,9 @@
 """The sweep's database: the only truth about what was asked for, trained, found and delivered.
 
-One SQLite file in the sweep's folder. A training's state moves open -> running -> finished | stopped | failed and,
-after an interruption or at a rung, back to open. `finished` is final while its dictionary is there: the first result
-wins, and whatever a late or repeated event says about a finished training changes nothing, so every write may be
-repeated.
+In an SQLite file in the sweep's folder, or in PostgreSQL. A training's state moves open -> running -> finished |
+stopped | failed and, after an interruption or at a rung, back to open. `finished` is final while its dictionary is
+there: the first result wins, and whatever a late or repeated event says about a finished training changes nothing, so
+every write may be repeated.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import bindparam, case, delete, func, select, update
-from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, bindparam, case, delete, func, insert, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from orchestrator.ledger_studies import StudyRecords
 from orchestrator.ledger_tables import (
@@ -23,6 +22,7 @@ from orchestrator.ledger_tables import (
     Report,
     ReportRow,
     State,
+    StudyRow,
     Training,
     TrainingRow,
     finite_or_none,
@@ -49,7 +49,7 @@ class Ledger(StudyRecords):
         """Record a training as open, or return the one that is there, in whatever state it is."""
         rows = TrainingRow
         next_number = select(func.coalesce(func.max(rows.number), -1) + 1).where(rows.study_id == study_id)
-        statement = insert(rows).values(
+        statement = self.insert(rows).values(
             training_id=training_id,
             study_id=study_id,
             number=next_number.scalar_subquery(),
@@ -58,6 +58,8 @@ class Ledger(StudyRecords):
             created=datetime.now(UTC),
         )
         with self.transaction() as session:
+            # PostgreSQL would let two at once count to the same number
+            session.execute(select(StudyRow.study_id).where(StudyRow.study_id == study_id).with_for_update())
             session.execute(statement.on_conflict_do_nothing(index_elements=["training_id"]))
         return self.training(training_id)
 
@@ -90,11 +92,11 @@ class Ledger(StudyRecords):
                 session,
                 training_id,
                 failures=case((TrainingRow.tokens_done < tokens, 0), else_=TrainingRow.failures),
-                tokens_done=func.max(TrainingRow.tokens_done, tokens),
-                seconds=func.max(TrainingRow.seconds, seconds),
+                tokens_done=_larger(TrainingRow.tokens_done, tokens),
+                seconds=_larger(TrainingRow.seconds, seconds),
             )
             if is_unfinished and values:
-                session.execute(insert(ReportRow).on_conflict_do_nothing(), values)
+                session.execute(self.insert(ReportRow).on_conflict_do_nothing(), values)
 
     def finish(
         self, training_id: str, metrics: Mapping[str, float | None], dictionary: str, dictionary_sha256: str
@@ -216,7 +218,10 @@ class Ledger(StudyRecords):
             func.coalesce(func.sum(TrainingRow.seconds), 0.0),
         )
         with self.transaction() as session:
-            return Spent(*session.execute(select(*columns).where(TrainingRow.study_id.in_(studies))).one())
+            found = session.execute(select(*columns).where(TrainingRow.study_id.in_(studies))).one()
+        tokens, committed, seconds = found
+        # PostgreSQL adds whole numbers up to a Decimal
+        return Spent(int(tokens), int(committed), seconds)
 
     # -- what MLflow already holds
 
@@ -230,7 +235,7 @@ class Ledger(StudyRecords):
 
     def note_delivered(self, run_id: str, item: str, value: str) -> None:
         """Note that `item` of an MLflow run now stands at `value`."""
-        statement = insert(DeliveryRow).values(run_id=run_id, item=item, value=value)
+        statement = self.insert(DeliveryRow).values(run_id=run_id, item=item, value=value)
         with self.transaction() as session:
             session.execute(statement.on_conflict_do_update(index_elements=["run_id", "item"], set_={"value": value}))
 
@@ -242,3 +247,7 @@ class Ledger(StudyRecords):
             gone = [{"gone": run_id} for run_id in noted if run_id not in kept]
             if gone:
                 session.execute(delete(table).where(table.c.run_id == bindparam("gone")), gone)
+
+
+def _larger(column: InstrumentedAttribute[Any], value: float) -> ColumnElement[Any]:
+    return case((column < value, value), else_=column)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Decision, DecisionRow, TrainingRow, finite_or_none
@@ -16,7 +16,9 @@ def record_decision(ledger: Ledger, decisions: Sequence[Decision]) -> None:
     now = datetime.now(UTC)
     with ledger.transaction() as session:
         rows = [_columns(one) | {"recorded": now} for one in decisions]
-        session.execute(insert(DecisionRow).prefix_with("OR REPLACE"), rows)
+        statement = ledger.insert(DecisionRow)
+        replaced = {name: statement.excluded[name] for name in rows[0] if name not in _KEY}
+        session.execute(statement.on_conflict_do_update(index_elements=_KEY, set_=replaced), rows)
         stopped = [one.training_id for one in decisions if not one.kept]
         is_stopped = (TrainingRow.training_id.in_(stopped), TrainingRow.state == "running")
         session.execute(update(TrainingRow).where(*is_stopped).values(state="stopped", finished=now))
@@ -31,6 +33,7 @@ def read_decisions(ledger: Ledger, study_id: str | None = None) -> list[Decision
         return [_decision(row) for row in session.scalars(statement)]
 
 
+_KEY = ("training_id", "tokens")
 _PLAIN = ("training_id", "tokens", "number", "family", "feasible", "rank", "arrived", "kept")
 
 

@@ -5,14 +5,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import select, update
-from sqlalchemy.dialects.sqlite import insert
 
-from orchestrator.ledger_file import LedgerFile
+from orchestrator.ledger_connection import LedgerConnection
 from orchestrator.ledger_tables import Study, StudyRow, SweepRecord, SweepRow, Unreadable, finite_or_none, own_fields
 from qkmodel.errors import InputError
 
 
-class StudyRecords(LedgerFile):
+class StudyRecords(LedgerConnection):
     """The part of a `Ledger` that is written when the sweep starts."""
 
     def open_sweep(
@@ -39,11 +38,11 @@ class StudyRecords(LedgerFile):
             "facts": {kind: dict(values) for kind, values in (facts or {}).items()},
         }
         with self.transaction() as session:
-            statement = insert(SweepRow).values(sweep=1, name=name, created=datetime.now(UTC), **record)
+            statement = self.insert(SweepRow).values(sweep=1, name=name, created=datetime.now(UTC), **record)
             session.execute(statement.on_conflict_do_update(index_elements=["sweep"], set_=record))
             row = session.get_one(SweepRow, 1)
             if row.name != name:
-                raise InputError(f"{self.path} belongs to sweep {row.name!r}, not {name!r}: use another folder")
+                raise InputError(f"{self.where} belongs to sweep {row.name!r}, not {name!r}: use another folder")
             return SweepRecord(**own_fields(row, SweepRecord))
 
     def attempt(self) -> int | None:
@@ -56,7 +55,7 @@ class StudyRecords(LedgerFile):
         with self.transaction() as session:
             row = session.get(SweepRow, 1)
             if row is None:
-                raise InputError(f"no sweep here: {self.path} is empty; start the sweep first")
+                raise InputError(f"no sweep here: {self.where} is empty; start the sweep first")
             return SweepRecord(**own_fields(row, SweepRecord))
 
     def open_study(
@@ -64,7 +63,7 @@ class StudyRecords(LedgerFile):
     ) -> Study:
         """Record a study, or return the one that is there."""
         with self.transaction() as session:
-            statement = insert(StudyRow).values(
+            statement = self.insert(StudyRow).values(
                 study_id=study_id,
                 task=task,
                 layer=layer,

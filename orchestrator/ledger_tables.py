@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     ColumnElement,
     DateTime,
     ForeignKey,
+    Integer,
     Row,
     RowMapping,
     TypeDecorator,
@@ -20,7 +22,10 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from orchestrator.objectives import OBJECTIVES, Objectives
+from qkmodel.errors import InputError
 from qkmodel.tasks import Task, task_of
+
+LEDGER_FORMAT = 4
 
 State = Literal["open", "running", "finished", "stopped", "failed"]
 STATES: tuple[State, ...] = ("open", "running", "finished", "stopped", "failed")
@@ -204,7 +209,7 @@ class Decision:
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """SQLite keeps no time zone: everything is stored as UTC and comes back aware."""
+    """No time zone is kept: everything is stored as UTC and comes back aware."""
 
     impl = DateTime
     cache_ok = True
@@ -216,8 +221,13 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
+# PostgreSQL's plain integers end at 2³¹; SQLite's have no such end, and it numbers rows by itself in these only
+_WHOLE = BigInteger().with_variant(Integer(), "sqlite")
+
+
 class Table(DeclarativeBase):
-    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: UtcDateTime, dict[str, Any]: JSON}
+    # not JSONB: the order of keys is what was written
+    type_annotation_map: ClassVar[dict[Any, Any]] = {datetime: UtcDateTime, dict[str, Any]: JSON, int: _WHOLE}
 
 
 class SweepRow(Table):
@@ -333,13 +343,22 @@ class DeliveryRow(Table):
     value: Mapped[str]
 
 
+def refuse_other_format(where: str, found: int) -> None:
+    """Raises InputError for the ledger of another version of this program."""
+    if found != LEDGER_FORMAT:
+        raise InputError(
+            f"{where} has ledger format {found}; this version reads format {LEDGER_FORMAT}: "
+            "use the version that wrote it, or another sweep name"
+        )
+
+
 def without_heads(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """Metrics without those of single heads."""
     return {name: value for name, value in metrics.items() if not name.startswith(HEAD_PREFIXES)}
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """What SQLite would not give back as it was is kept as None."""
+    """What a database would not give back as it was is kept as None."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 

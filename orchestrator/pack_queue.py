@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.budget import Budget
 from orchestrator.checkpoints import Checkpoints
@@ -78,6 +79,8 @@ class _Group:
 class PackQueue:
     """Hands out packs and books their results; the ledger is its only memory.
 
+    What is done patiently is done again where the ledger's server went away in it: nobody but the ledger hears of it.
+
     Unfinished trainings come first, each from its newest checkpoint; then what the studies propose, in turn. At a rung
     a pack ends, and those of its members that go on wait for the next one. Raises OSError and UnknownFormat for
     checkpoints that are there and cannot be used now.
@@ -143,13 +146,14 @@ class PackQueue:
             steps_done=members[0].steps_done,
             last_step=members[0].last_step,
         )
-        with self._ledger.transaction():
-            for one in members:
-                identifier = one.training.training_id
-                self._waiting.pop(identifier, None)
-                self._ledger.start(identifier, order.pack_id, group.study.machine)
+        self._ledger.patiently(partial(self._start, order, group.study))
         self._running[order.pack_id] = group.study, order
         return order
+
+    def _start(self, order: PackOrder, study: StudyWork) -> None:
+        for member in order.members:
+            self._waiting.pop(member.training_id, None)
+            self._ledger.start(member.training_id, order.pack_id, study.machine)
 
     def exceeded_budget(self) -> str | None:
         """The budget after which packs have to end, in words."""
@@ -164,12 +168,7 @@ class PackQueue:
         """Books what a pack reported; what says a thing again about a training that has ended changes nothing."""
         study, _ = self._running[pack_id]
         # at once, since every commit waits for the disk; what the ledger does not hold yet nobody is told
-        with self._ledger.transaction():
-            booked = [(self._ledger.training(one.training_id), one) for one in reports]
-            booked = [(before, one) for before, one in booked if before.state == "running"]
-            for before, one in booked:
-                self._book(before, one)
-            after = [(self._ledger.training(one.training_id), one) for _, one in booked]
+        after = self._ledger.patiently(partial(self._book_all, reports))
         for training, _ in after:
             if training.state != "running":
                 self._tell_end(study, training)
@@ -178,12 +177,23 @@ class PackQueue:
     def end(self, pack_id: str, error: str | None) -> None:
         """A pack stopped. What it left unfinished goes back into the queue, or fails once too many died with it."""
         study, order = self._running.pop(pack_id)
-        with self._ledger.transaction():
-            left = [self._ledger.training(member.training_id) for member in order.members]
-            left = [training for training in left if training.state == "running"]
-            failed = [one for one in left if self._reopen_or_fail(one, error, order.last_step * study.tokens_per_step)]
-        for training in failed:
+        tokens_ordered = order.last_step * study.tokens_per_step
+        for training in self._ledger.patiently(partial(self._put_back, order, error, tokens_ordered)):
             study.search.tell(training.hyperparameters, None)
+
+    def _put_back(self, order: PackOrder, error: str | None, tokens_ordered: int) -> list[Training]:
+        """What an ended pack left unfinished; answers those that failed for good."""
+        left = [self._ledger.training(member.training_id) for member in order.members]
+        left = [training for training in left if training.state == "running"]
+        return [training for training in left if self._reopen_or_fail(training, error, tokens_ordered)]
+
+    def _book_all(self, reports: Sequence[MemberReport]) -> list[tuple[Training, MemberReport]]:
+        """Answers those that were running, each as it now stands."""
+        found = [(self._ledger.training(one.training_id), one) for one in reports]
+        booked = [(before, one) for before, one in found if before.state == "running"]
+        for before, one in booked:
+            self._book(before, one)
+        return [(self._ledger.training(one.training_id), one) for _, one in booked]
 
     def _book(self, training: Training, report: MemberReport) -> None:
         identifier, seconds = training.training_id, training.seconds + report.seconds
@@ -244,7 +254,7 @@ class PackQueue:
 
     def _unfinished_group(self) -> _Group | None:
         groups: dict[tuple[str, int, int], _Group] = {}
-        for training in self._ledger.trainings(state="open"):
+        for training in self._ledger.patiently(partial(self._ledger.trainings, state="open")):
             study = self._studies.get(training.study_id)
             if study is None or training.training_id not in study.wanted:
                 continue
@@ -255,22 +265,30 @@ class PackQueue:
 
     def _wait(self, study: StudyWork, training: Training) -> _Waiting:
         if training.training_id not in self._waiting:
-            path, steps = None, 0
-            found = self._checkpoints.newest(training.training_id)
-            if found is not None:
-                path, header = found
-                steps = header.steps_done
-                # a driver may have died between a worker's writing this and hearing of it
-                tokens = steps * study.tokens_per_step
-                self._ledger.report(training.training_id, tokens, header.progress, training.seconds)
+            path, steps = self._farthest_checkpoint(study, training)
             last_step = self._decisions.next_stop(training.training_id, steps, study.steps)
             self._waiting[training.training_id] = _Waiting(training, path, steps, last_step)
         return self._waiting[training.training_id]
 
+    def _farthest_checkpoint(self, study: StudyWork, training: Training) -> tuple[Path | None, int]:
+        """Where the training goes on from, and the steps done there; what it had reported until then is booked."""
+        found = []
+        for path, header in self._checkpoints.whole(training.training_id):
+            found.append((path, header))
+            if header.steps_done * study.tokens_per_step <= training.tokens_done:
+                break
+        # A driver may have died between a worker's writing these and hearing of it, or have lost its ledger, whereupon
+        # a worker went on once more.
+        for _, header in reversed(found):
+            tokens = header.steps_done * study.tokens_per_step
+            report = partial(self._ledger.report, training.training_id, tokens, header.progress, training.seconds)
+            self._ledger.patiently(report)
+        return (found[0][0], found[0][1].steps_done) if found else (None, 0)
+
     def _proposed_group(self) -> _Group | None:
         asking = {study.study_id: study for study in self._studies.values() if not study.exhausted}
         for study_id in in_turn([self._standing(study) for study in asking.values()], self._settings.allocation):
-            study, group = asking[study_id], _Group(asking[study_id])
+            study = asking[study_id]
             room = self._budget.allows(self._room(), study.tokens_planned)
             self._is_out_of_tokens = room == 0 < self._room()
             proposals = []
@@ -280,17 +298,24 @@ class PackQueue:
                     study.exhausted = True
                     break
                 proposals.append(proposal)
-            with self._ledger.transaction():
-                for proposal in proposals:
-                    identifier = training_id(study_id, proposal)
-                    study.wanted.add(identifier)
-                    training = self._ledger.add_training(study_id, identifier, proposal, study.tokens_planned)
-                    group.members.append(self._wait(study, training))
+            group = _Group(study, self._ledger.patiently(partial(self._add, study, proposals)))
             if self._new is not None:
                 self._new -= len(proposals)
             if group.members:
                 return group
         return None
+
+    def _add(self, study: StudyWork, proposals: Sequence[dict[str, Any]]) -> list[_Waiting]:
+        """Records trainings that were proposed; answers how each can go on."""
+        members = []
+        for proposal in proposals:
+            identifier = training_id(study.study_id, proposal)
+            study.wanted.add(identifier)
+            training = self._ledger.add_training(study.study_id, identifier, proposal, study.tokens_planned)
+            # what was noted in a transaction that is done again is noted anew
+            self._waiting.pop(identifier, None)
+            members.append(self._wait(study, training))
+        return members
 
     def _second_chances(self) -> _Group | None:
         """The best of the stopped trainings, for tokens that are left once all proposals were begun."""

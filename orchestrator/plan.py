@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.config import SweepConfig
 from orchestrator.identity import study_id, study_identity
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.ledger_place import place_of
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
 from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_masks, memory_of_pack
 from orchestrator.plan_checks import (
@@ -269,7 +269,7 @@ def make_plan(
     if here:
         check_cluster()
     corpus = describe_corpus(config.corpus)
-    ledger = Ledger.open_if_there(sweep_folder(config) / LEDGER_FILE)
+    ledger = Ledger.open_if_there(place_of(config, sweep_folder(config), reading=not here))
     if ledger is not None:
         _refuse_other_task(config, ledger)
     latest = ledger.attempt() if ledger is not None else None

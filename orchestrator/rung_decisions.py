@@ -77,7 +77,7 @@ class RungDecisions:
             before = list(self._arrived[study_id, tokens, family].values())
             where = {"tokens": tokens, "number": self._number[study_id], "family": family}
             decisions += self._decide_family(asking, before, where)
-        record_decision(self._ledger, decisions)
+        self._ledger.patiently(lambda: record_decision(self._ledger, decisions))
         self._note(study_id, decisions)
         return decisions
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.config import SweepConfig
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.ledger_place import place_in
 from orchestrator.pareto import front_trainings
 from orchestrator.plan_figures import storage_folder
 from qkmodel.dictionary import (
@@ -86,7 +86,7 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
         yield SourceDictionary(folder, sha256, found)
         return
     for sweep in (folder, storage_folder(config) / reference):
-        ledger = Ledger.open_if_there(sweep / LEDGER_FILE)
+        ledger = Ledger.open_if_there(place_in(sweep))
         if ledger is not None:
             try:
                 yield from _fronts(ledger, reference, config.layers)

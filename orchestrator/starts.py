@@ -1,8 +1,8 @@
 """The starts of a sweep, and the lease that lets one driver at a time run it.
 
 On one machine a file lock keeps two drivers apart, and the kernel lets go of it when one dies. For drivers on two
-machines the ledger holds a lease: the driver at work counts up `beat`, and a newcomer takes over only after it has seen
-the count stand still for a while by its own clock; no two clocks are compared.
+machines, or in two copies of a folder, the ledger holds a lease: the driver at work counts up `beat`, and a newcomer
+takes over only after it has seen the count stand still for a while by its own clock; no two clocks are compared.
 """
 
 import os
@@ -23,6 +23,13 @@ from qkmodel.errors import InputError
 BEAT_SECONDS = 2.0
 # a driver that is swapped out or waits for a slow file system must not lose its lease
 PATIENCE_SECONDS = 20.0
+
+
+class TakenOver(OSError):
+    """Another driver is at work on the sweep by now; what is in the ledger is its own."""
+
+    def __init__(self) -> None:
+        super().__init__("another start of this sweep took over; this one ends")
 
 
 class Lease:
@@ -50,6 +57,11 @@ class Lease:
         """Whether no other driver took over since."""
         return _latest(self._ledger).number == self.start
 
+    def require_latest(self) -> None:
+        """Raises TakenOver: where beats did not reach the ledger for a while, a newcomer took this driver for dead."""
+        if not self.is_latest:
+            raise TakenOver
+
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
             try:
@@ -74,7 +86,7 @@ def is_ended(ledger: Ledger) -> bool:
     latest = _latest(ledger)
     if latest is None or latest.ended is not None:
         return True
-    return latest.host == platform.node() and not psutil.pid_exists(latest.process)
+    return _died_here(latest)
 
 
 def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECONDS) -> int:
@@ -85,8 +97,9 @@ def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECON
     last = _latest(ledger)
     if last is None:
         return 0
-    # the file lock has said that no driver on this machine is alive
-    if last.ended is not None or last.host == platform.node():
+    # The file lock would tell, but for a driver in a copy of the folder, whose ledger is in PostgreSQL. Whoever had the
+    # number of this process is gone.
+    if last.ended is not None or _died_here(last) or (last.host, last.process) == (platform.node(), os.getpid()):
         return last.number
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
@@ -97,6 +110,16 @@ def refuse_beside_living_driver(ledger: Ledger, patience: float = PATIENCE_SECON
         if (now.number, now.beat) != (last.number, last.beat):
             raise _at_work(ledger)
     return last.number
+
+
+def _died_here(start: StartRow) -> bool:
+    """Whether its process is known to be gone, since it was one of this machine."""
+    if start.host != platform.node():
+        return False
+    try:
+        return psutil.Process(start.process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _at_work(ledger: Ledger) -> AtWork:

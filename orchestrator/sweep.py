@@ -17,7 +17,8 @@ from orchestrator.checkpoints import Checkpoints
 from orchestrator.driver_lock import only_driver
 from orchestrator.late_checks import check_plan
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.ledger_connection import Patience
+from orchestrator.ledger_place import is_begun, place_of
 from orchestrator.opening_token import keep_opening_token
 from orchestrator.pack_order import CopiesOrder, PackOrder
 from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork, history
@@ -49,6 +50,8 @@ TRACKING_INTERVAL_SECONDS = 5.0
 INTERRUPTED_TRACKING_SECONDS = 1.5
 # enough for more than a thousand trainings, should all of them be owed
 LAST_TRACKING_SECONDS = 300.0
+# for a database server that goes away: longer than its machine takes to start again
+LEDGER_PATIENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
         if not was_there:
             plan.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_driver(plan.folder))
-            if (plan.folder / LEDGER_FILE).exists():
+            if is_begun(plan.folder):
                 raise InputError(f"name: another process began the sweep in {plan.folder} just now; start it again")
         if with_git_diff:
             write_atomically(plan.folder / GIT_DIFF_FILE, git_diff().encode())
@@ -120,10 +123,12 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
 def _run_prepared(
     plan: SweepPlan, prepared: Preparation | None, view: SweepView, seconds_before: float
 ) -> SweepOutcome:
-    ledger = Ledger(plan.folder / LEDGER_FILE)
+    ledger = Ledger(place_of(plan.config, plan.folder))
     lease = Lease(ledger, seconds_before=seconds_before)
+    patience = Patience(LEDGER_PATIENCE_SECONDS, view.say, lease.require_latest)
     try:
-        return _run_leased(plan, prepared, view, ledger, lease, _budget(plan, ledger, lease.start, seconds_before))
+        with ledger.patience(patience):
+            return _run_leased(plan, prepared, view, ledger, lease, _budget(plan, ledger, lease.start, seconds_before))
     finally:
         lease.release()
 

@@ -1,5 +1,6 @@
 """A sweep's progress as a person watches it: redrawn on a terminal, line by line in a log."""
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -44,10 +45,12 @@ class LiveProgress:
         """What was drawn last, where reading the ledger again would take more than a part of the time."""
         began = time.monotonic()
         if self._drawn is None or began >= self._next_drawing:
-            self._drawn = self._draw()
+            # a ledger that is away now is the driver's to speak of
+            with contextlib.suppress(OSError):
+                self._drawn = self._draw()
             now = time.monotonic()
             self._next_drawing = now + (now - began) / READING_SHARE
-        return self._drawn
+        return self._drawn or ""
 
     def _draw(self) -> RenderableType:
         statuses = study_statuses(self._ledger, self._studies)
@@ -182,7 +185,8 @@ class LogView:
 
         def log() -> None:
             while not self._stop.wait(LOG_SECONDS):
-                self.say(progress.rate())
+                with contextlib.suppress(OSError):
+                    self.say(progress.rate())
 
         self._thread = threading.Thread(target=log, daemon=True)
         self._thread.start()

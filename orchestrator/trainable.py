@@ -23,7 +23,8 @@ from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
 from qkmodel.errors import InputError
 from qkmodel.node_copies import NodeCopies
-from qkmodel.pack import Checkpointed, load_checkpoint, save_checkpoint
+from qkmodel.pack import Checkpointed, PackTrainer, load_checkpoint, save_checkpoint
+from qkmodel.pair_mask.pack import MaskPackTrainer
 from qkmodel.reference import load_reference
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class PackTrainable(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._order = PackOrder.model_validate_json(new_config["order"])
+        # with the memory that the former pack's steps took
         self._pack: Pack | None = None
+        self._trainer: PackTrainer | MaskPackTrainer | None = None
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:

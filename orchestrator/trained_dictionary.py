@@ -9,7 +9,11 @@ from qkmodel.errors import InputError
 
 
 def load_trained(ledger: Ledger, training: Training) -> Dictionary:
-    """Raises InputError, with the way out, when files are gone, damaged or not those that the ledger records."""
+    """Raises InputError, with the way out, when files are gone, damaged or not those that the ledger records.
+
+    And on a machine that reads the ledger and does not have the sweep's folder.
+    """
+    ledger.require_folder()
     folder = ledger.folder / training.dictionary
     try:
         return load_dictionary(folder, training.dictionary_sha256)

@@ -5,7 +5,7 @@ from typing import Any
 
 from orchestrator.config import SweepConfig
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.ledger_place import place_in
 from orchestrator.pareto import front_trainings
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
@@ -31,7 +31,7 @@ def front_of_earlier_sweep(config: SweepConfig, layer: int) -> list[dict[str, An
 
 def _open(sweep: str, storage: Path) -> Ledger:
     for folder in (user_path("search.warm_start", sweep).absolute(), storage / sweep):
-        ledger = Ledger.open_if_there(folder / LEDGER_FILE)
+        ledger = Ledger.open_if_there(place_in(folder))
         if ledger is not None:
             return ledger
     raise InputError(f"search.warm_start: {sweep}: no sweep is there; give its folder, or its name in {storage}")

@@ -48,16 +48,29 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     A process that dies halfway leaves a hidden file beside `path` whose name ends in PARTIAL_SUFFIX.
     """
+    with _written_beside(path, data) as partial:
+        os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
+def create_atomically(path: Path, data: bytes) -> None:
+    """The same for a file that must not be there yet. Raises FileExistsError when it is."""
+    with _written_beside(path, data) as partial:
+        os.link(partial, path)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
     partial = _partial(path)
     try:
         with partial.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -26,10 +26,11 @@ class LossSums:
         return {"steps": torch.tensor(self.steps)} | {f"values.{name}": value for name, value in self._sums.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.take_means()
         self.steps = int(tensors.get("steps", 0))
         for name in tensors.keys() - {"steps"}:
-            self._sum(name.removeprefix("values.")).copy_(tensors[name])
+            self._sum(name.removeprefix("values."))
+        for name, value in self._sums.items():
+            value.copy_(tensors.get(f"values.{name}", torch.zeros(())))
 
     def take_means(self) -> dict[str, float]:
         means = {name: float(value) / self.steps for name, value in self._sums.items()} if self.steps else {}

@@ -2,7 +2,8 @@
 
 Every batch's activations, true queries and keys, and true pattern are computed once and used by all
 members; nothing else is shared, so a packed training equals the same training alone bit for bit. A pack's threads
-step different members at once, each with single-threaded arithmetic, so the number of threads changes no result.
+step different members at once, each with single-threaded arithmetic, so the number of threads changes no result; on a
+GPU, where streams take their place, they only make batches.
 """
 
 import math

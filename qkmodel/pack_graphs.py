@@ -38,8 +38,12 @@ class PackGraphs:
 
         `x` [batch, context, d_model] is on the GPU or in page-locked memory, in any precision.
         """
-        if x.is_cuda:
+        # the host stays a step ahead, not hundreds: it is asked to stop between steps, and each holds a batch
+        self._taken.synchronize()
+        if x.is_cuda or self._inputs is None:
+            # made on the present stream, as what layer and reference were copied to the GPU by
             self._ahead.wait_stream(torch.cuda.current_stream())
+        if x.is_cuda:
             x.record_stream(self._ahead)
         with torch.cuda.stream(self._ahead):
             self._ahead.wait_event(self._taken)

@@ -13,18 +13,20 @@ from qkmodel.kernels.pattern_kl_cpu import blocks_of
 from qkmodel.model_description import ModelDescription
 from qkmodel.pack_graphs import STREAMS
 from qkmodel.pattern_comparison import EVALUATION_BATCH
-from qkmodel.transcode import SPARSE_SHARE
+from qkmodel.transcode import MOST_ON_GPU, SPARSE_SHARE
 
 # For each weight: itself and two moments of the optimiser in float32, and a sixth for what the allocator cannot reuse.
 LASTING_BYTES = 14
 # For each weight while its member steps: a gradient in float32.
 STEP_BYTES = 4
 # For each pre-activation of a batch. Dense way: encoder's output, activation, penalty and the gradients of each, in
-# float32; sparse way: only the output, in bfloat16, and on a GPU also activation and gradient, spread out.
-DENSE_BYTES, SPARSE_BYTES = 36, {"cpu": 2, "cuda": 6}
+# float32; sparse way: only the output, in bfloat16; on a GPU also activation and gradient, in whichever precision.
+DENSE_BYTES, SPARSE_BYTES = 36, {"cpu": 2, "cuda": 12}
 # For each candidate pair of a dictionary: its number, its saliency, its key feature, and what sorting them takes; and
 # for each of a mask: itself, two moments, its sample and the gradients of each, in float32.
 CANDIDATE_BYTES, MASKED_BYTES = 40, 32
+# On a GPU, in evaluation: for each score of a sequence, and for each feature of an evaluation's tokens, in float32.
+COMPARED_BYTES, INFERRED_BYTES = 80, 12
 # A batch in use, the next one, and what making it takes.
 BATCHES = 3
 # What a process takes before its first pack, Ray's worker included; and machine code and buffers from then on.
@@ -59,8 +61,8 @@ def pack_bytes(
 ) -> int:
     """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once.
 
-    On a GPU as many step at once as there are streams, and each stream keeps its memory. Evaluation, in batches of its
-    own size, is reckoned as steps of that size; cross-entropies follow it.
+    On a GPU as many step at once as there are streams, and each stream keeps its memory during evaluation. On a CPU
+    evaluation, in batches of its own size, is reckoned as steps of that size. Cross-entropies follow it.
     """
     forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
     batch = max(batch, EVALUATION_BATCH)
@@ -68,6 +70,8 @@ def pack_bytes(
     steps = sorted((_step_bytes(member, geometry, batch * context, device) for member in members), reverse=True)
     at_once = threads if device == "cpu" else STREAMS
     training = sum(steps[:at_once]) + BATCHES * _shared_bytes(geometry, batch, context, device) + forward
+    if device == "cuda":
+        training += sum(_evaluation_bytes(member, geometry, context) for member in members[:threads])
     patching = min(threads, len(members)) * _patched_bytes(use, context) if use is not None and use.patched else 0
     weights = _weight_bytes(use.model) if use is not None else 0
     return LIBRARIES_BYTES + RUNNING_BYTES + weights + lasting + max(training, patching)
@@ -139,10 +143,17 @@ def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: in
     for side, width in _sides(member, geometry):
         picked = ("topk", "batchtopk") if device == "cpu" else ("topk",)
         sparse = side.activation in picked and side.k <= SPARSE_SHARE * side.dictionary_size
+        sparse &= device == "cpu" or side.dictionary_size <= MOST_ON_GPU
         total += tokens * side.dictionary_size * (SPARSE_BYTES[device] if sparse else DENSE_BYTES)
         # outputs, their rotated differences and gradients
         total += 4 * tokens * width * 6
     return total
+
+
+def _evaluation_bytes(member: Hyperparameters, geometry: AttentionGeometry, context: int) -> int:
+    """Of a member on a GPU, where patterns of one sequence at a time are compared whole."""
+    features = max(side.dictionary_size for side, _ in _sides(member, geometry))
+    return COMPARED_BYTES * geometry.n_heads * context**2 + INFERRED_BYTES * EVALUATION_BATCH * context * features
 
 
 def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:

@@ -1,8 +1,8 @@
 """How one side of a transcoder runs in bulk: from inputs to reconstructed queries or keys, in training and evaluation.
 
-Where few features are active a batch goes a sparse way, which does not touch the others again, since their gradients
-are zero: on the CPU with TopK, BatchTopK, and ReLU once it has become sparse, on a GPU with TopK. Everything else is
-dense. All ways give the same numbers up to rounding.
+Where few features are active a batch goes a sparse way: on the CPU with TopK, BatchTopK, and ReLU once it has become
+sparse, which then does not touch the others again, since their gradients are zero; on a GPU with TopK. Everything else
+is dense. All ways give the same numbers up to rounding.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ from qkmodel.products import linear, product_dtype
 from qkmodel.sparsity import BatchTopK, ReLU, TopK
 from qkmodel.transcoder import Transcoder
 
-# Up to this share of active features they are picked out: that costs in proportion to them, a dense product does not.
+# Up to this share of active features they are picked out. On a CPU that costs in proportion to them, unlike a dense
+# product.
 SPARSE_SHARE = 1 / 16
 # Up to this many features a GPU picks them out: one program holds a token's pre-activations.
 MOST_ON_GPU = 32_768
@@ -49,8 +50,9 @@ class Side:
     """What one side made of a batch.
 
     `pre` are the encoder's outputs, None on the sparse way. `f` are the activations: of all features or, on the sparse
-    way, flat, of those numbered in `features`. All carry gradients. `active` counts active features, position 0 left
-    out; a tensor where counting would wait for a GPU.
+    way, flat, of those numbered in `features`. All carry gradients, but for `f` on a GPU's sparse way, where a token
+    that has fewer features has feature 0 with a zero besides: no TopK has a penalty. `active` counts active features,
+    position 0 left out; a tensor where counting would wait for a GPU.
     """
 
     y: Float[Tensor, "tokens d_out"]

@@ -7,11 +7,11 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from orchestrator.ledger_connection import MENDED
 from orchestrator.pack_order import MemberReport
 from orchestrator.pack_queue import PackQueue
+from orchestrator.starts import TakenOver
 from qkmodel.errors import InputError
-
-MENDED = "once that is mended the same command continues"
 
 
 class PackSearcher(Searcher):
@@ -87,8 +87,7 @@ class PackSearcher(Searcher):
 
     def _look_for_halt(self, result: Mapping[str, Any]) -> None:
         if result.get("fenced"):
-            self._is_fenced = True
-            self._halt(OSError("another start of this sweep took over; this one ends"))
+            self._halt(TakenOver())
         elif result.get("storage_error") is not None:
             self._halt(OSError(f"{result['storage_error']}; {MENDED}"))
 
@@ -103,6 +102,7 @@ class PackSearcher(Searcher):
     def _halt(self, error: OSError | InputError) -> None:
         self._queue.stopping = True
         self._halted = self._halted or error
+        self._is_fenced = self._is_fenced or isinstance(error, TakenOver)
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Tells Tune that this searcher limits itself."""

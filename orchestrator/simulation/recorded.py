@@ -62,7 +62,7 @@ def read_recorded_sweep(ledger: Ledger) -> RecordedSweep:
     """Reads what a replay needs. Raises InputError when no training of the sweep's present space has finished."""
     config = ledger.sweep().config
     if config.get("task") == "pair_mask":
-        raise InputError(f"{ledger.path}: is of pair masks; only searches for transcoders can be replayed")
+        raise InputError(f"{ledger.where}: is of pair masks; only searches for transcoders can be replayed")
     search = SearchConfig.model_validate(config["search"])
     training, context = config["training"], config["corpus"]["context"]
     per_step = training["batch_sequences"] * context
@@ -81,7 +81,7 @@ def read_recorded_sweep(ledger: Ledger) -> RecordedSweep:
             studies.append(RecordedStudy(study.study_id, study.layer, study.reference_point, recorded))
     if not any(study.trainings for study in studies):
         raise InputError(
-            f"{ledger.path}: no training of this sweep's present space has finished, so there is nothing to replay"
+            f"{ledger.where}: no training of this sweep's present space has finished, so there is nothing to replay"
         )
     return RecordedSweep(ledger.sweep().name, search, per_step, -(-training["tokens"] // per_step), studies, outside)
 

@@ -7,7 +7,7 @@ when they were recorded.
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,9 +107,9 @@ class _VirtualCheckpoints:
     def __init__(self) -> None:
         self.steps: dict[str, int] = {}
 
-    def newest(self, training_id: str) -> tuple[Path, CheckpointHeader] | None:
-        steps = self.steps.get(training_id, 0)
-        return (Path(), CheckpointHeader(training_id=training_id, steps_done=steps)) if steps else None
+    def whole(self, training_id: str) -> Iterator[tuple[Path, CheckpointHeader]]:
+        if steps := self.steps.get(training_id, 0):
+            yield Path(), CheckpointHeader(training_id=training_id, steps_done=steps)
 
     def discard(self, training_id: str) -> None:
         self.steps.pop(training_id, None)

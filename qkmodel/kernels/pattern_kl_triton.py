@@ -6,7 +6,7 @@ With Δq = q̂ − q and Δk = k̂ − k the scores of the three terms are the t
 
 so four products of a block serve all three terms and the true pattern, as many as the four plain scores q·k, q̂·k̂,
 q̂·k, q·k̂ would take; but rounding a small difference to bfloat16 costs little, and the loss of a perfect
-reconstruction is zero whatever the rounding. From p ∝ exp(s) follows p̂ ∝ p·exp(Δs), so a row's KL is
+reconstruction is zero up to float32's rounding. From p ∝ exp(s) follows p̂ ∝ p·exp(Δs), so a row's KL is
 log Σ p·exp(Δs) − Σ p·Δs, which needs no entropy; and ∂KL/∂ŝ = p̂ − p.
 
 Once per batch the log-sum-exp of every row of true scores is stored. Per training come three launches: the row

@@ -17,7 +17,7 @@ from torch import Tensor
 from qkmodel.kernels.sparse_triton_kernels import choose_largest, encode_and_decode, spread_code
 from qkmodel.products import column_sums, product
 
-# Rows of weights that a program takes in at a time.
+# Rows of weights that a program takes in at a time. Rows of over 4,096 numbers spill registers, and are slow.
 STEP = 4
 
 

@@ -59,7 +59,7 @@ def encode_and_decode(
     everywhere = tl.arange(0, PLACES)
     found = tl.load(features + token * K + everywhere, mask=everywhere < count, other=2147483647)
     tl.store(features + token * K + everywhere, tl.where(everywhere < count, tl.sort(found), 0), mask=everywhere < K)
-    # what follows reads what other threads may have written
+    # what follows reads what other threads may have written; the sort itself is over before anything is stored
     tl.debug_barrier()
     into, out = tl.arange(0, DEPTH_IN), tl.arange(0, DEPTH_OUT)
     inputs = tl.load(x + token * d_in + into, mask=into < d_in, other=0.0)

@@ -1,12 +1,16 @@
 """Fixtures of several test files."""
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_pointer import LedgerPointer
 from tests.orchestrator.tracking_world import IDENTITY, REFERENCE
+from tests.system.services import PostgresServer
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +19,28 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("mlflow")
     MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db").get_experiment_by_name("none")
     return (folder / "mlflow.db").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One that nobody stops."""
+    if not PostgresServer.is_installed():
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgresServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def sweep_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Of a sweep that is to have its ledger in the folder, or in PostgreSQL."""
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    if request.param == "postgresql":
+        server = request.getfixturevalue("postgres")
+        identity = uuid.uuid4().hex
+        LedgerPointer(server.ledgers, f"sweep_{identity}", identity).create(folder)
+    return folder
 
 
 @pytest.fixture

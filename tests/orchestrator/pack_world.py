@@ -13,6 +13,7 @@ from orchestrator.budget import Budget, Limits
 from orchestrator.checkpoints import Checkpoints, checkpoint_path, newest_checkpoint
 from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger, Training
+from orchestrator.ledger_place import place_in
 from orchestrator.pack_order import MemberReport, PackOrder
 from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork, history
 from orchestrator.search.allocation import Allocation
@@ -71,7 +72,7 @@ def start(
     is_wanted: Callable[[Training], bool] = lambda training: training.state != "finished",
 ) -> Driver:
     """Start or continue the sweep in `folder`; `is_wanted` says which recorded trainings are to be continued."""
-    ledger = Ledger(folder / "ledger.sqlite")
+    ledger = Ledger(place_in(folder))
     ledger.open_sweep("test", {}, None, {})
     works = []
     for study in studies:

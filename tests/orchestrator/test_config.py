@@ -91,7 +91,14 @@ BROKEN_VALUES = {
     "a grid beyond all reason": ("log: true, points: 4", "log: true, points: 3_000_000", ["points"]),
     "home of nobody": ("name: good", "name: good\nstorage: ~nobody-here/x", ["storage", "not a usable path"]),
     "rungs in disorder": ("name: good", "name: good\nhalving: {rungs: [500, 100]}", ["halving.rungs", "ascending"]),
-    "ledger is not built": ("name: good", "name: good\nledger: postgresql://h/d", ["ledger", "not built yet", "null"]),
+    "ledger of another kind": (
+        "name: good",
+        "name: good\nledger: sqlite:///a.db",
+        ["ledger", "postgresql://HOST/DATABASE"],
+    ),
+    "ledger in no database": ("name: good", "name: good\nledger: postgresql://me@host", ["ledger", "DATABASE"]),
+    "ledger at no port": ("name: good", "name: good\nledger: postgresql://host:port/db", ["ledger", "postgresql://"]),
+    "ledger in a mapping": ("name: good", "name: good\nledger: {host: h}", ["ledger", "postgresql://HOST/DATABASE"]),
     "endless tokens": ("10_000", "100000000000000000", ["training.tokens", "100000000000000000", "1000000000000"]),
     "endless trainings": ("trainings: 8", "trainings: 100001", ["search.trainings", "100001", "100000"]),
     "endless dictionary": ("[512, 1024]", "[512, 1000000000]", ["search.space.dictionary_size", "1048576"]),
@@ -454,6 +461,29 @@ def test_an_address_that_cannot_be_redacted_is_refused_without_being_shown(good:
     message = message_of(good, f"tracking='http://user:pass/{PASSWORD}@host'")
     assert PASSWORD not in message
     assert "tracking" in message and "%2F" in message
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"postgresql://me:{PASSWORD}@host/db",
+        f"postgresql://me:{PASSWORD}/x@host/db",
+        f"postgresql://me:@{PASSWORD}@host/db",
+        f"postgresql://host/db?user=me&password={PASSWORD}",
+        f"postgresql://host/db?sslpassword={PASSWORD}",
+    ],
+)
+def test_a_password_in_the_ledgers_address_is_refused_without_being_shown(address: str, good: Path) -> None:
+    for override in (f"ledger={json.dumps(address)}", f"+ledger={json.dumps(address)}"):
+        message = message_of(good, override)
+        assert PASSWORD not in message and "ledger: has a password in it" in message
+
+
+def test_a_ledgers_address_is_kept_as_it_is(good: Path) -> None:
+    address = "postgresql://me@host:5433/db?sslmode=verify-full&sslkey=/keys/mine&passfile=/keys/pgpass"
+    config = load_sweep(good, [f"ledger={json.dumps(address)}"])
+    assert (config.ledger, config.public_dict()["ledger"]) == (address, address)
+    assert load_sweep(good).ledger is None
 
 
 @given(st.text(min_size=1), st.text(min_size=1))

@@ -31,8 +31,8 @@ from tests.orchestrator.pack_world import (
 # -- forming packs
 
 
-def test_packs_of_the_given_size_hold_every_point_once(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=3)
+def test_packs_of_the_given_size_hold_every_point_once(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=3)
     first, second = take(driver), take(driver)
     assert ids(first) + ids(second) == grid_ids()
     assert [len(first.members), len(second.members)] == [3, 1]
@@ -41,8 +41,8 @@ def test_packs_of_the_given_size_hold_every_point_once(tmp_path: Path) -> None:
     assert [member.hyperparameters.k for member in first.members] == [4, 8, 4]
 
 
-def test_a_pack_that_was_handed_out_is_running_in_the_ledger(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=3)
+def test_a_pack_that_was_handed_out_is_running_in_the_ledger(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=3)
     order = take(driver)
     running = driver.ledger.trainings(state="running")
     assert [training.training_id for training in running] == ids(order)
@@ -54,8 +54,8 @@ def test_a_pack_that_was_handed_out_is_running_in_the_ledger(tmp_path: Path) -> 
     assert driver.states() == {"running": 3}
 
 
-def test_nothing_until_a_running_pack_ends_and_finished_when_all_is_done(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_nothing_until_a_running_pack_ends_and_finished_when_all_is_done(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     order = take(driver)
     assert driver.queue.next_pack() is None
     driver.finish(order)
@@ -63,8 +63,8 @@ def test_nothing_until_a_running_pack_ends_and_finished_when_all_is_done(tmp_pat
     assert driver.queue.next_pack() == "finished"
 
 
-def test_layers_take_turns_and_never_share_a_pack(tmp_path: Path) -> None:
-    driver = start(tmp_path, studies=["early", "late"], pack_size=2)
+def test_layers_take_turns_and_never_share_a_pack(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, studies=["early", "late"], pack_size=2)
     orders = [take(driver) for _ in range(4)]
     assert [order.model_identity.layer for order in orders] == [4, 8, 4, 8]
     for order in orders:
@@ -72,10 +72,10 @@ def test_layers_take_turns_and_never_share_a_pack(tmp_path: Path) -> None:
         assert set(ids(order)) <= set(grid_ids(study))
 
 
-def test_an_adaptive_search_is_asked_for_one_pack_at_a_time(tmp_path: Path) -> None:
+def test_an_adaptive_search_is_asked_for_one_pack_at_a_time(sweep_folder: Path) -> None:
     space = GRID | {"k": 4, "dictionary_size": {"low": 64, "high": 4096, "log": True}}
     search = SearchConfig(sampler="tpe", trainings=5, space=space)
-    driver = start(tmp_path, space=search.space[0], sampler="tpe", trainings=5, pack_size=2)
+    driver = start(sweep_folder, space=search.space[0], sampler="tpe", trainings=5, pack_size=2)
     sizes = []
     while (order := driver.queue.next_pack()) != "finished":
         sizes.append(len(order.members))
@@ -88,8 +88,8 @@ def test_an_adaptive_search_is_asked_for_one_pack_at_a_time(tmp_path: Path) -> N
 # -- booking reports
 
 
-def test_progress_and_results_are_booked(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_progress_and_results_are_booked(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     order = take(driver)
     (one,) = ids(order)
     driver.report(order, 2, loss=0.5)
@@ -108,17 +108,17 @@ def test_progress_and_results_are_booked(tmp_path: Path) -> None:
     ]
 
 
-def test_a_checkpoint_lives_until_its_result_is_booked(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=2)
+def test_a_checkpoint_lives_until_its_result_is_booked(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=2)
     order = take(driver)
     driver.report(order, 4)
-    assert [steps_on_disk(tmp_path, one) for one in ids(order)] == [4, 4]
+    assert [steps_on_disk(sweep_folder, one) for one in ids(order)] == [4, 4]
     driver.queue.record(order.pack_id, [final(ids(order)[0])])
-    assert [steps_on_disk(tmp_path, one) for one in ids(order)] == [0, 4]
+    assert [steps_on_disk(sweep_folder, one) for one in ids(order)] == [0, 4]
 
 
-def test_a_result_that_arrives_twice_is_booked_once(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_a_result_that_arrives_twice_is_booked_once(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     order = take(driver)
     (one,) = ids(order)
     driver.queue.record(order.pack_id, [final(one)])
@@ -128,8 +128,8 @@ def test_a_result_that_arrives_twice_is_booked_once(tmp_path: Path) -> None:
     assert driver.ledger.training(one) == first
 
 
-def test_a_member_that_was_given_up_fails_with_its_reason_and_alone(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=2)
+def test_a_member_that_was_given_up_fails_with_its_reason_and_alone(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=2)
     order = take(driver)
     bad, good = ids(order)
     driver.queue.record(order.pack_id, [given_up(bad, 2), progress(good, 2, loss=0.5)])
@@ -147,22 +147,22 @@ def test_a_member_that_was_given_up_fails_with_its_reason_and_alone(tmp_path: Pa
     assert driver.states() == {"finished": 3, "failed": 1}
 
 
-def test_a_result_without_kl_is_finished_but_teaches_the_search_nothing(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_a_result_without_kl_is_finished_but_teaches_the_search_nothing(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     order = take(driver)
     driver.queue.record(order.pack_id, [final(one, kl=None) for one in ids(order)])
     driver.queue.end(order.pack_id, None)
     assert driver.states() == {"finished": 4}
     assert driver.queue.next_pack() == "finished"
     # nor the next start's
-    assert start(tmp_path).queue.next_pack() == "finished"
+    assert start(sweep_folder).queue.next_pack() == "finished"
 
 
 # -- what becomes of a pack that dies
 
 
-def test_a_dead_pack_is_tried_again_in_smaller_ones_up_to_three_times_then_fails(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_a_dead_pack_is_tried_again_in_smaller_ones_up_to_three_times_then_fails(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     one, two, three, four = grid_ids()
     for expected in [[one, two, three, four], [one, two], [one], [two], [three, four], [three], [four]]:
         order = take(driver)
@@ -173,8 +173,8 @@ def test_a_dead_pack_is_tried_again_in_smaller_ones_up_to_three_times_then_fails
     assert driver.queue.next_pack() == "finished"
 
 
-def test_a_training_that_kills_its_packs_takes_no_other_with_it(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_a_training_that_kills_its_packs_takes_no_other_with_it(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     killer, *others = grid_ids()
     while (order := driver.queue.next_pack()) != "finished":
         if killer in ids(order):
@@ -185,15 +185,15 @@ def test_a_training_that_kills_its_packs_takes_no_other_with_it(tmp_path: Path) 
     assert states == {killer: "failed"} | dict.fromkeys(others, "finished")
 
 
-def test_a_pack_that_ends_without_a_result_is_tried_again(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_a_pack_that_ends_without_a_result_is_tried_again(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     driver.queue.end(take(driver).pack_id, None)
     assert driver.states() == {"open": 4}
     assert ids(take(driver)) == grid_ids()[:2]
 
 
-def test_unfinished_trainings_come_before_new_ones_from_their_checkpoint(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=2)
+def test_unfinished_trainings_come_before_new_ones_from_their_checkpoint(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=2)
     order = take(driver)
     driver.report(order, 2)
     driver.report(order, 4)
@@ -204,24 +204,24 @@ def test_unfinished_trainings_come_before_new_ones_from_their_checkpoint(tmp_pat
     assert third.steps_done == 0
 
 
-def test_a_pack_holds_only_trainings_with_as_many_steps_done_the_farthest_first(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_a_pack_holds_only_trainings_with_as_many_steps_done_the_farthest_first(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     order = take(driver)
     one, two, three, four = ids(order)
     for training, steps in [(one, 2), (two, 4), (three, 2)]:
-        write_checkpoint(tmp_path, training, steps)
+        write_checkpoint(sweep_folder, training, steps)
     driver.queue.end(order.pack_id, "its worker died")
     packs = [take(driver) for _ in range(3)]
     assert [(pack.steps_done, ids(pack)) for pack in packs] == [(4, [two]), (2, [one, three]), (0, [four])]
 
 
 def test_a_damaged_checkpoint_or_that_of_another_training_is_not_continued(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sweep_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    driver = start(tmp_path, pack_size=2)
+    driver = start(sweep_folder, pack_size=2)
     order = take(driver)
     driver.report(order, 4)
-    damaged, swapped = (checkpoint_path(tmp_path, 1, one, 4) for one in ids(order))
+    damaged, swapped = (checkpoint_path(sweep_folder, 1, one, 4) for one in ids(order))
     swapped.write_bytes(damaged.read_bytes())
     damaged.write_bytes(damaged.read_bytes()[:100])
     driver.queue.end(order.pack_id, "its worker died")
@@ -230,27 +230,27 @@ def test_a_damaged_checkpoint_or_that_of_another_training_is_not_continued(
     assert str(damaged) in caplog.text and str(swapped) in caplog.text
     assert not damaged.exists() and not swapped.exists()
     # nothing is thrown away: a person may look at it
-    assert len(list(tmp_path.glob("checkpoints/*/*.safetensors.damaged"))) == 2
+    assert len(list(sweep_folder.glob("checkpoints/*/*.safetensors.damaged"))) == 2
 
 
-def test_after_damage_a_training_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_after_damage_a_training_goes_on_from_the_checkpoint_before(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     order = take(driver)
     driver.report(order, 2)
     driver.report(order, 4)
-    path = checkpoint_path(tmp_path, 1, ids(order)[0], 4)
+    path = checkpoint_path(sweep_folder, 1, ids(order)[0], 4)
     path.write_bytes(path.read_bytes()[:-1])
     driver.queue.end(order.pack_id, "its worker died")
     assert take(driver).steps_done == 2
 
 
-def test_what_a_worker_reported_to_a_dead_driver_is_booked_by_the_next(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_what_a_worker_reported_to_a_dead_driver_is_booked_by_the_next(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     (one,) = ids(take(driver))
-    path = checkpoint_path(tmp_path, 1, one, 4)
+    path = checkpoint_path(sweep_folder, 1, one, 4)
     path.parent.mkdir(parents=True)
     save_checkpoint(small_member(), path, one, 4, {"kl": 0.5, "train_l0": None})
-    driver = start(tmp_path, pack_size=1)
+    driver = start(sweep_folder, pack_size=1)
     assert take(driver).steps_done == 4
     assert [(report.tokens, report.name, report.value) for report in driver.ledger.reports(one)] == [
         (4 * TOKENS_PER_STEP, "kl", 0.5),
@@ -258,19 +258,32 @@ def test_what_a_worker_reported_to_a_dead_driver_is_booked_by_the_next(tmp_path:
     ]
 
 
-def test_a_checkpoint_that_cannot_be_used_is_said_before_any_pack_runs(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_what_a_worker_reported_twice_to_a_driver_without_a_ledger_is_booked_by_the_next(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
+    order = take(driver)
+    driver.report(order, 2, kl=0.7)
+    (one,) = ids(order)
+    for steps, kl in ((4, 0.6), (6, 0.5)):
+        save_checkpoint(small_member(), checkpoint_path(sweep_folder, 1, one, steps), one, steps, {"kl": kl})
+    driver = start(sweep_folder, pack_size=1)
+    assert take(driver).steps_done == 6
+    reports = [(report.tokens // TOKENS_PER_STEP, report.value) for report in driver.ledger.reports(one)]
+    assert reports == [(2, 0.7), (4, 0.6), (6, 0.5)]
+
+
+def test_a_checkpoint_that_cannot_be_used_is_said_before_any_pack_runs(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     order = take(driver)
     driver.report(order, 4)
-    path = checkpoint_path(tmp_path, 1, ids(order)[0], 4)
+    path = checkpoint_path(sweep_folder, 1, ids(order)[0], 4)
     path.unlink()
     path.mkdir()
     with pytest.raises(IsADirectoryError):
-        start(tmp_path)
+        start(sweep_folder)
 
 
-def test_a_waiting_checkpoint_is_read_once(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_a_waiting_checkpoint_is_read_once(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     for order in (take(driver), take(driver)):
         driver.report(order, 4)
         driver.queue.end(order.pack_id, "its worker died")
@@ -278,17 +291,17 @@ def test_a_waiting_checkpoint_is_read_once(tmp_path: Path) -> None:
     assert first.steps_done == 4
     # whoever still waits is known: its file is not looked at again
     (waiting,) = [one for one in grid_ids()[:2] if one not in ids(first)]
-    checkpoint_path(tmp_path, 1, waiting, 4).write_bytes(b"nonsense")
+    checkpoint_path(sweep_folder, 1, waiting, 4).write_bytes(b"nonsense")
     second = take(driver)
     assert (ids(second), second.steps_done) == ([waiting], 4)
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     order = take(driver)
     driver.report(order, 4)
     driver.queue.end(order.pack_id, "its worker died")
-    path = checkpoint_path(tmp_path, 1, ids(order)[0], 4)
+    path = checkpoint_path(sweep_folder, 1, ids(order)[0], 4)
     content = path.read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = []
@@ -309,11 +322,11 @@ def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(tmp_path: Path) -> N
     assert take(driver).steps_done == 4
 
 
-def test_a_checkpoint_of_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1)
+def test_a_checkpoint_of_another_version_is_refused_and_left_alone(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1)
     order = take(driver)
     (one,) = ids(order)
-    path = checkpoint_path(tmp_path, 1, one, 4)
+    path = checkpoint_path(sweep_folder, 1, one, 4)
     path.parent.mkdir(parents=True)
     newer = CheckpointHeader.model_construct(format=4, training_id=one, steps_done=4, progress={})
     write_tensor_file(path, newer, small_member().state_tensors())
@@ -326,32 +339,32 @@ def test_a_checkpoint_of_another_version_is_refused_and_left_alone(tmp_path: Pat
 # -- the next start
 
 
-def test_the_next_start_continues_what_a_kill_left_running(tmp_path: Path) -> None:
-    killed = start(tmp_path, pack_size=4)
+def test_the_next_start_continues_what_a_kill_left_running(sweep_folder: Path) -> None:
+    killed = start(sweep_folder, pack_size=4)
     order = take(killed)
     killed.report(order, 4)
     killed.queue.record(order.pack_id, [final(ids(order)[0])])
-    driver = start(tmp_path, pack_size=4)
+    driver = start(sweep_folder, pack_size=4)
     assert driver.states() == {"finished": 1, "open": 3}
     again = take(driver)
     assert (ids(again), again.steps_done) == (ids(order)[1:], 4)
     assert {(one.attempts, one.failures) for one in driver.ledger.trainings(state="running")} == {(2, 0)}
 
 
-def test_failures_are_counted_over_all_starts(tmp_path: Path) -> None:
+def test_failures_are_counted_over_all_starts(sweep_folder: Path) -> None:
     for failures in range(1, MAX_FAILURES):
-        driver = start(tmp_path, pack_size=4)
+        driver = start(sweep_folder, pack_size=4)
         driver.queue.end(take(driver).pack_id, "its worker died")
         assert driver.ledger.training(grid_ids()[0]).failures == failures
-    driver = start(tmp_path, pack_size=4)
+    driver = start(sweep_folder, pack_size=4)
     driver.queue.end(take(driver).pack_id, "its worker died")
     assert driver.states()["failed"] == 1
     # a person who starts it once more has perhaps mended something
-    assert start(tmp_path).ledger.training(grid_ids()[0]).failures == 0
+    assert start(sweep_folder).ledger.training(grid_ids()[0]).failures == 0
 
 
-def test_a_training_that_gets_further_each_time_never_runs_out_of_attempts(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_a_training_that_gets_further_each_time_never_runs_out_of_attempts(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     for steps in range(1, 1 + MAX_FAILURES):
         order = take(driver)
         driver.report(order, steps)
@@ -363,13 +376,13 @@ def test_a_training_that_gets_further_each_time_never_runs_out_of_attempts(tmp_p
     assert driver.ledger.training(grid_ids()[0]).state == "failed"
 
 
-def test_the_next_start_tries_failed_trainings_again_and_books_their_results(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_the_next_start_tries_failed_trainings_again_and_books_their_results(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     order = take(driver)
     driver.queue.record(order.pack_id, [given_up(one, 2) for one in ids(order)])
     driver.queue.end(order.pack_id, None)
     assert driver.states() == {"failed": 4}
-    driver = start(tmp_path, pack_size=4)
+    driver = start(sweep_folder, pack_size=4)
     again = take(driver)
     assert ids(again) == ids(order)
     driver.queue.record(again.pack_id, [given_up(ids(again)[0], 2), *map(final, ids(again)[1:])])
@@ -379,11 +392,11 @@ def test_the_next_start_tries_failed_trainings_again_and_books_their_results(tmp
     assert {training.error for training in driver.ledger.trainings(state="finished")} == {None}
 
 
-def test_a_larger_grid_trains_only_what_is_missing(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_a_larger_grid_trains_only_what_is_missing(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     driver.finish(take(driver))
     before = driver.ledger.trainings()
-    larger = start(tmp_path, space=GRID | {"k": [4, 8, 16]}, trainings=6, pack_size=4)
+    larger = start(sweep_folder, space=GRID | {"k": [4, 8, 16]}, trainings=6, pack_size=4)
     order = take(larger)
     assert [(member.hyperparameters.dictionary_size, member.hyperparameters.k) for member in order.members] == [
         (128, 16),
@@ -394,14 +407,14 @@ def test_a_larger_grid_trains_only_what_is_missing(tmp_path: Path) -> None:
     assert larger.ledger.trainings()[:4] == before
 
 
-def test_what_the_file_no_longer_asks_for_stays_untrained(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_what_the_file_no_longer_asks_for_stays_untrained(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     order = take(driver)
     driver.report(order, 4)
     driver.queue.end(order.pack_id, "its worker died")
     kept = [one for one, member in zip(ids(order), order.members, strict=True) if member.hyperparameters.k == 8]
     smaller = start(
-        tmp_path, space=GRID | {"k": 8}, pack_size=4, is_wanted=lambda training: training.training_id in kept
+        sweep_folder, space=GRID | {"k": 8}, pack_size=4, is_wanted=lambda training: training.training_id in kept
     )
     again = take(smaller)
     assert (ids(again), again.steps_done) == (kept, 4)

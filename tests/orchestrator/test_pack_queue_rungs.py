@@ -44,8 +44,8 @@ def reach(driver: Driver, order: PackOrder, kl: dict[str, float]) -> None:
     driver.queue.end(order.pack_id, None)
 
 
-def test_at_a_rung_the_better_half_goes_on_in_a_pack_of_its_own(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4, halving=HALVING)
+def test_at_a_rung_the_better_half_goes_on_in_a_pack_of_its_own(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4, halving=HALVING)
     order = take(driver)
     assert (order.steps_done, order.last_step) == (0, 2)
     one, two, three, four = ids(order)
@@ -64,13 +64,13 @@ def test_at_a_rung_the_better_half_goes_on_in_a_pack_of_its_own(tmp_path: Path) 
     assert driver.states() == {"finished": 1, "stopped": 3}
     # nobody failed, and nothing is kept of those that stopped
     assert {one.failures for one in driver.ledger.trainings()} == {0}
-    assert list(tmp_path.glob("checkpoints/*")) == []
+    assert list(sweep_folder.glob("checkpoints/*")) == []
     # what a start finds decided it does not decide again, nor train what was stopped
-    assert start(tmp_path, halving=HALVING, is_wanted=lambda one: False).queue.next_pack() == "finished"
+    assert start(sweep_folder, halving=HALVING, is_wanted=lambda one: False).queue.next_pack() == "finished"
 
 
-def test_every_decision_is_explained_by_the_ledger(tmp_path: Path) -> None:
-    driver = start(tmp_path, space=SIXTEEN, trainings=16, pack_size=3, halving=HALVING)
+def test_every_decision_is_explained_by_the_ledger(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, space=SIXTEEN, trainings=16, pack_size=3, halving=HALVING)
     kl: dict[str, float] = {}
     while (order := driver.queue.next_pack()) != "finished":
         kl |= {one: 0.01 * (1 + int(one, 16) % 7) for one in ids(order)}
@@ -85,8 +85,8 @@ def test_every_decision_is_explained_by_the_ledger(tmp_path: Path) -> None:
     assert stopped == {one.training_id for one in driver.ledger.trainings(state="stopped")}
 
 
-def test_a_rung_decides_about_a_training_once_whatever_is_lost_later(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4, halving=HALVING)
+def test_a_rung_decides_about_a_training_once_whatever_is_lost_later(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4, halving=HALVING)
     order = take(driver)
     reach(driver, order, dict(zip(ids(order), (0.4, 0.3, 0.2, 0.1), strict=True)))
     while (order := driver.queue.next_pack()) != "finished":
@@ -94,7 +94,7 @@ def test_a_rung_decides_about_a_training_once_whatever_is_lost_later(tmp_path: P
     before = read_decisions(driver.ledger, "late")
     finished = driver.ledger.trainings(state="finished")[0].training_id
     driver.ledger.discard_result(finished, "its dictionary is gone")
-    again = start(tmp_path, pack_size=4, halving=HALVING, is_wanted=lambda one: one.training_id == finished)
+    again = start(sweep_folder, pack_size=4, halving=HALVING, is_wanted=lambda one: one.training_id == finished)
     order = take(again)
     assert (ids(order), order.steps_done, order.last_step) == ([finished], 0, STEPS)
     # reports on the way fall on the rung, and decide nothing
@@ -104,8 +104,8 @@ def test_a_rung_decides_about_a_training_once_whatever_is_lost_later(tmp_path: P
     assert read_decisions(again.ledger, "late") == before
 
 
-def test_failures_before_a_rung_do_not_count_after_it(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4, halving=HALVING)
+def test_failures_before_a_rung_do_not_count_after_it(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4, halving=HALVING)
     for _ in range(MAX_FAILURES - 1):
         driver.queue.end(take(driver).pack_id, "its worker died")
     order = take(driver)
@@ -113,21 +113,21 @@ def test_failures_before_a_rung_do_not_count_after_it(tmp_path: Path) -> None:
     assert driver.ledger.training(ids(order)[0]).failures == 0
 
 
-def test_a_rung_that_a_driver_died_at_is_decided_by_the_next(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4, halving=HALVING)
+def test_a_rung_that_a_driver_died_at_is_decided_by_the_next(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4, halving=HALVING)
     order = take(driver)
     for one in ids(order):
-        write_checkpoint(tmp_path, one, 2)
-    driver = start(tmp_path, pack_size=4, halving=HALVING)
+        write_checkpoint(sweep_folder, one, 2)
+    driver = start(sweep_folder, pack_size=4, halving=HALVING)
     again = take(driver)
     assert (ids(again), again.steps_done, again.last_step) == (ids(order), 2, 2)
     reach(driver, again, dict(zip(ids(order), (0.4, 0.3, 0.2, 0.1), strict=True)))
     assert driver.states() == {"open": 2, "stopped": 2}
 
 
-def test_families_are_not_compared(tmp_path: Path) -> None:
+def test_families_are_not_compared(sweep_folder: Path) -> None:
     space = GRID | {"activation": ["topk", "batchtopk"], "dictionary_size": 128}
-    driver = start(tmp_path, space=space, pack_size=4, halving=HALVING)
+    driver = start(sweep_folder, space=space, pack_size=4, halving=HALVING)
     order = take(driver)
     families = {one: driver.ledger.training(one).family for one in ids(order)}
     # every batchtopk is worse than any topk
@@ -139,8 +139,8 @@ def test_families_are_not_compared(tmp_path: Path) -> None:
     assert going_on == {"topk": 1, "batchtopk": 1}
 
 
-def test_stopped_trainings_are_told_to_the_search_as_they_would_have_ended(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=2, halving=Halving(eta=2, rungs=(2,)))
+def test_stopped_trainings_are_told_to_the_search_as_they_would_have_ended(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=2, halving=Halving(eta=2, rungs=(2,)))
     first = take(driver)
     one, two = ids(first)
     reach(driver, first, {one: 0.4, two: 0.8})
@@ -156,11 +156,11 @@ def test_stopped_trainings_are_told_to_the_search_as_they_would_have_ended(tmp_p
     assert (past[four].state, past[four].values) == ("stopped", expected[four])
 
 
-def test_without_halving_stopped_trainings_are_taken_up_again(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4, halving=HALVING)
+def test_without_halving_stopped_trainings_are_taken_up_again(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4, halving=HALVING)
     order = take(driver)
     reach(driver, order, dict(zip(ids(order), (0.4, 0.3, 0.2, 0.1), strict=True)))
-    driver = start(tmp_path, pack_size=4)
+    driver = start(sweep_folder, pack_size=4)
     packs = [take(driver), take(driver)]
     assert [(pack.steps_done, len(pack.members), pack.last_step) for pack in packs] == [(2, 2, STEPS), (0, 2, STEPS)]
 
@@ -168,8 +168,8 @@ def test_without_halving_stopped_trainings_are_taken_up_again(tmp_path: Path) ->
 # -- budgets
 
 
-def test_a_budget_of_tokens_begins_no_more_than_it_covers(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=2, limits=Limits(tokens=3 * TOKENS + 1))
+def test_a_budget_of_tokens_begins_no_more_than_it_covers(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=2, limits=Limits(tokens=3 * TOKENS + 1))
     sizes = []
     while (order := driver.queue.next_pack()) != "finished":
         sizes.append(len(order.members))
@@ -177,13 +177,13 @@ def test_a_budget_of_tokens_begins_no_more_than_it_covers(tmp_path: Path) -> Non
     assert sizes == [2, 1]
     assert driver.queue.token_line == "search.tokens are used up"
     # a larger one goes on
-    assert len(take(start(tmp_path, pack_size=2, limits=Limits(tokens=4 * TOKENS))).members) == 1
+    assert len(take(start(sweep_folder, pack_size=2, limits=Limits(tokens=4 * TOKENS))).members) == 1
 
 
-def test_tokens_that_halving_saves_begin_further_trainings(tmp_path: Path) -> None:
+def test_tokens_that_halving_saves_begin_further_trainings(sweep_folder: Path) -> None:
     halving = Halving(eta=4, rungs=(2,))
     driver = start(
-        tmp_path, space=SIXTEEN, trainings=16, pack_size=4, halving=halving, limits=Limits(tokens=4 * TOKENS)
+        sweep_folder, space=SIXTEEN, trainings=16, pack_size=4, halving=halving, limits=Limits(tokens=4 * TOKENS)
     )
     while (order := driver.queue.next_pack()) != "finished":
         if order.last_step == STEPS:
@@ -194,20 +194,20 @@ def test_tokens_that_halving_saves_begin_further_trainings(tmp_path: Path) -> No
     assert driver.ledger.spent(["late"]).tokens <= 4 * TOKENS
 
 
-def test_device_hours_and_wall_time_are_used_up(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=1, limits=Limits(device_hours=2 / 3600))
+def test_device_hours_and_wall_time_are_used_up(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=1, limits=Limits(device_hours=2 / 3600))
     order = take(driver)
     driver.report(order, 2)
     assert driver.queue.exceeded_budget() is None
     driver.report(order, 4)
     assert driver.queue.exceeded_budget() == "search.device_hours are used up"
-    assert start(tmp_path, limits=Limits(wall_time=1e-9)).queue.exceeded_budget() == "search.wall_time is used up"
-    assert start(tmp_path, limits=Limits(wall_time=60.0)).queue.exceeded_budget() is None
+    assert start(sweep_folder, limits=Limits(wall_time=1e-9)).queue.exceeded_budget() == "search.wall_time is used up"
+    assert start(sweep_folder, limits=Limits(wall_time=60.0)).queue.exceeded_budget() is None
 
 
-def test_layers_share_a_budget_and_the_one_that_still_moves_gets_more(tmp_path: Path) -> None:
+def test_layers_share_a_budget_and_the_one_that_still_moves_gets_more(sweep_folder: Path) -> None:
     driver = start(
-        tmp_path,
+        sweep_folder,
         studies=["early", "late"],
         space=SIXTEEN,
         trainings=16,
@@ -227,11 +227,11 @@ def test_layers_share_a_budget_and_the_one_that_still_moves_gets_more(tmp_path: 
     assert begun["early"] == pytest.approx(4, abs=1)
 
 
-def test_trainings_outside_the_file_take_nothing_of_a_shared_budget(tmp_path: Path) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_trainings_outside_the_file_take_nothing_of_a_shared_budget(sweep_folder: Path) -> None:
+    driver = start(sweep_folder, pack_size=4)
     driver.finish(take(driver))
     shared = {"studies": ["early", "late"], "allocation": "by_progress", "new": 4}
-    edited = start(tmp_path, space=SIXTEEN | {"k": [3, 5, 6, 7]}, **shared)
+    edited = start(sweep_folder, space=SIXTEEN | {"k": [3, 5, 6, 7]}, **shared)
     begun = 0
     while (order := edited.queue.next_pack()) != "finished":
         begun += len(order.members)
@@ -239,9 +239,9 @@ def test_trainings_outside_the_file_take_nothing_of_a_shared_budget(tmp_path: Pa
     assert begun == 4
 
 
-def test_second_chances_are_for_what_the_file_still_asks_for(tmp_path: Path) -> None:
+def test_second_chances_are_for_what_the_file_still_asks_for(sweep_folder: Path) -> None:
     halving, limits = Halving(eta=2, rungs=(2,)), Limits(tokens=20 * TOKENS)
-    driver = start(tmp_path, pack_size=4, halving=halving, limits=limits)
+    driver = start(sweep_folder, pack_size=4, halving=halving, limits=limits)
     order = take(driver)
     reach(driver, order, {one: 0.1 * (1 + place) for place, one in enumerate(ids(order))})
     (stopped, other) = driver.ledger.trainings(state="stopped")
@@ -249,7 +249,7 @@ def test_second_chances_are_for_what_the_file_still_asks_for(tmp_path: Path) -> 
     # the file no longer has the size of one of the two
     kept = {name: [stopped.hyperparameters[name]] for name in ("k", "dictionary_size")}
     edited = start(
-        tmp_path,
+        sweep_folder,
         space=GRID | kept,
         halving=halving,
         limits=limits,
@@ -262,8 +262,8 @@ def test_second_chances_are_for_what_the_file_still_asks_for(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("error", [None, "its worker died"])
-def test_packs_that_were_asked_to_stop_are_not_at_fault(tmp_path: Path, error: str | None) -> None:
-    driver = start(tmp_path, pack_size=4)
+def test_packs_that_were_asked_to_stop_are_not_at_fault(sweep_folder: Path, error: str | None) -> None:
+    driver = start(sweep_folder, pack_size=4)
     order = take(driver)
     driver.report(order, 2)
     driver.queue.stopping = True

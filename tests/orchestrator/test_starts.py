@@ -1,5 +1,7 @@
 """One driver at a time, also on two machines, without comparing clocks."""
 
+import os
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,8 +10,9 @@ from sqlalchemy import update
 
 from orchestrator import starts
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_place import place_in
 from orchestrator.ledger_tables import StartRow
-from orchestrator.starts import Lease, seconds_of_earlier_starts
+from orchestrator.starts import Lease, TakenOver, seconds_of_earlier_starts
 from qkmodel.errors import InputError
 
 # by a clock that since went backwards
@@ -17,8 +20,8 @@ LATER = datetime(2999, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "ledger.sqlite")
+def ledger(sweep_folder: Path) -> Ledger:
+    return Ledger(place_in(sweep_folder))
 
 
 def on_another_machine(ledger: Ledger) -> None:
@@ -40,6 +43,29 @@ def test_a_living_driver_on_another_machine_is_not_driven_over(ledger: Ledger, m
     on_another_machine(ledger)
     with pytest.raises(InputError, match="on elsewhere is at work on the sweep"):
         Lease(ledger, patience=10.0)
+    living.release()
+
+
+def test_a_living_driver_of_this_machine_is_not_driven_over_where_no_lock_tells_of_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one in a copy of the folder."""
+    monkeypatch.setattr(starts, "BEAT_SECONDS", 0.05)
+    living = Lease(ledger)
+    process = subprocess.Popen(["sleep", "600"])
+    with ledger.transaction() as session:
+        session.execute(update(StartRow).values(process=process.pid))
+    with pytest.raises(InputError, match=f"process {process.pid} on .* is at work on the sweep"):
+        Lease(ledger, patience=10.0)
+    # nobody has taken its leave yet
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    following = Lease(ledger, patience=60.0)
+    assert following.start == 2 and not living.is_latest
+    with pytest.raises(TakenOver, match="another start of this sweep took over"):
+        living.require_latest()
+    process.wait()
+    following.release()
     living.release()
 
 

@@ -78,7 +78,7 @@ def test_a_reference_that_nobody_wrote_is_called_damage(tmp_path: Path, referenc
     ledger.open_study("study", "transcoder", 8, {}, model="m", corpus="c")
     ledger.add_training("study", "one", POINT, 1000)
     ledger.finish("one", {"kl": 0.1, "l0": 8.0, "kl_recovered": 0.9}, "where", "hash")
-    with sqlite3.connect(ledger.path) as database:
+    with sqlite3.connect(ledger.where) as database:
         database.execute("UPDATE studies SET reference = ?", [reference])
     database.close()
     with pytest.raises(

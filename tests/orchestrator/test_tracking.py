@@ -99,7 +99,7 @@ def test_a_delivery_whose_notes_were_lost_leaves_no_duplicates(storage: Path, le
     ledger.report("one", 500, {"loss": 0.9, "kl": 0.2}, seconds=1.0)
     finish(ledger, "one", l0=16.0, kl=0.1)
     Tracker(None, storage, ledger).deliver()
-    with sqlite3.connect(ledger.path) as connection:
+    with sqlite3.connect(ledger.where) as connection:
         connection.execute("DELETE FROM deliveries")
     Tracker(None, storage, ledger).deliver()
     parent, children = runs(storage)
@@ -284,7 +284,7 @@ def test_an_error_that_nobody_foresaw_neither_ends_the_thread_nor_the_sweep(stor
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert "KeyError: 'corpus'" in thread.error and "mlflow.db" in thread.error
-    with sqlite3.connect(ledger.path) as connection:
+    with sqlite3.connect(ledger.where) as connection:
         connection.execute("UPDATE studies SET identity = ?", [json.dumps(IDENTITY)])
     assert thread.stop("FINISHED", patience=60) is None
     assert runs(storage)[1]["one"].data.params["context"] == "128"

@@ -104,6 +104,28 @@ def test_loss_means_are_read_once(world: SmallWorld) -> None:
     assert pack.members[0].losses.take_means() == {}
 
 
+def test_what_a_step_writes_to_stays_where_it_is(world: SmallWorld) -> None:
+    """CUDA graphs know it by its address."""
+    pack, other = trainer(world, MEMBERS[:1]), trainer(world, MEMBERS[:1])
+    pack.train(2)
+    other.train(5)
+    member = pack.members[0]
+
+    def addresses() -> dict[str, int]:
+        tensors = member.state_tensors()
+        return {name: tensor.data_ptr() for name, tensor in tensors.items() if name != "losses.steps"}
+
+    before = addresses()
+    member.losses.take_means()
+    pack.train(1)
+    assert addresses() == before
+    member.load_state_tensors(other.members[0].state_tensors())
+    assert addresses() == before
+    assert_same_state(member.state_tensors(), other.members[0].state_tensors())
+    member.load_state_tensors(member.state_tensors())
+    assert_same_state(member.state_tensors(), other.members[0].state_tensors())
+
+
 def test_training_lowers_the_loss(world: SmallWorld) -> None:
     pack = trainer(world, MEMBERS)
     pack.train(4)

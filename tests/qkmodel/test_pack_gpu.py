@@ -117,6 +117,25 @@ def test_continued_equals_uninterrupted(gpu: World, tmp_path: Path, schedule: st
         assert_same_state(again.state_tensors(), theirs.state_tensors())
 
 
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_workers_rhythm_changes_nothing(gpu: World, where: str) -> None:
+    """Reports between stretches, a stretch that is broken off, and batches that are on the GPU already."""
+    cache = replace(gpu.cache, train=gpu.cache.train.to(where))
+    world = replace(gpu, cache=cache)
+    whole, stopped = gpu.trainer(MEMBERS), world.trainer(MEMBERS)
+    whole.train(STEPS)
+    stopped.train(4)
+    [member.losses.take_means() for member in stopped.members]
+    evaluate([one.transcoder for one in stopped.members], world.layer, world.cache, world.reference, 8)
+    answers = iter([True, True, False])
+    stopped.train(STEPS, lambda: next(answers))
+    assert stopped.steps_done == 6
+    stopped.train(STEPS)
+    for ours, theirs in zip(stopped.members, whole.members, strict=True):
+        assert_same_state(dict(ours.transcoder.state_dict()), dict(theirs.transcoder.state_dict()))
+        assert ours.losses.steps == 6 and theirs.losses.steps == STEPS
+
+
 def test_a_member_that_leaves_changes_nothing_for_the_others(gpu: World) -> None:
     whole, left = gpu.trainer(MEMBERS[:6]), gpu.trainer(MEMBERS[:6])
     whole.train(STEPS)

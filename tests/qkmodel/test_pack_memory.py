@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qkmodel.pack_memory import _pattern_bytes
+from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.pack_memory import _pattern_bytes, pack_bytes
 from qkmodel.pattern_kl import true_pattern
 from qkmodel.products import forward_products
+from qkmodel.transcode import MOST_ON_GPU
 from tests.qkmodel.layers import random_layer
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +76,16 @@ def test_a_pass_of_the_model_takes_what_is_reckoned(what: str, context: int, pro
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     # measured: 0.90 to 1.01 patched, 0.55 to 0.66 streamed (0.9 to 1.0 on SmolLM2, whose heads are larger)
     assert (0.7 if what == "patched" else 0.45) < float(ran.stdout.splitlines()[-1]) < 1.15
+
+
+def test_a_gpu_picks_features_out_of_dictionaries_up_to_some_size_only() -> None:
+    geometry = random_layer(d_model=64).geometry
+
+    def bytes_of(features: int, **kind: object) -> int:
+        member = Hyperparameters(dictionary_size=features, learning_rate=1e-3, **kind)
+        return pack_bytes([member], geometry, batch=32, context=256, threads=1, device="cuda")
+
+    relu = {"activation": "relu", "penalty": "l1", "sparsity_coefficient": 1e-3}
+    topk = {"activation": "topk", "k": 16}
+    assert bytes_of(MOST_ON_GPU, **topk) < bytes_of(MOST_ON_GPU, **relu) / 2
+    assert bytes_of(2 * MOST_ON_GPU, **topk) == bytes_of(2 * MOST_ON_GPU, **relu)

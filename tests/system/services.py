@@ -197,17 +197,24 @@ def _wait_for_mlflow(address: str) -> None:
 
 
 class PostgresServer:
-    """PostgreSQL with one empty database, from Debian's packages; over a Unix socket nobody else may use."""
+    """PostgreSQL from Debian's packages, with an empty database `mlflow` and one `ledgers`.
+
+    Over a Unix socket nobody else may use, and over TCP with a password, which `url` and `ledgers` do without.
+    """
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pg"))
+        self.port = free_port()
         # the server refuses to run as root
         self._as_user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
         if self._as_user:
             shutil.chown(self.folder, "postgres")
-        self._run("initdb", "--no-sync", "-D", f"{self.folder}/data")
-        self._start()
-        self._run("createdb", "-h", str(self.folder), "mlflow")
+        self.user = "postgres" if self._as_user else getpass.getuser()
+        access = ("--auth-local=trust", "--auth-host=scram-sha-256")
+        self._run("initdb", "--no-sync", *access, "--encoding=UTF8", "-D", f"{self.folder}/data")
+        self.start()
+        for database in ("mlflow", "ledgers"):
+            self._run("createdb", "-h", str(self.folder), "-p", str(self.port), database)
 
     @staticmethod
     def is_installed() -> bool:
@@ -215,16 +222,33 @@ class PostgresServer:
 
     @property
     def url(self) -> str:
-        user = "postgres" if self._as_user else getpass.getuser()
-        return f"postgresql+psycopg2://{user}@/mlflow?host={self.folder}"
+        """MLflow's."""
+        return self._address("postgresql+psycopg2", "mlflow")
 
-    def _start(self) -> None:
-        options = f"-k {self.folder} -c listen_addresses="
+    @property
+    def ledgers(self) -> str:
+        """As a sweep file names it."""
+        return self._address("postgresql", "ledgers")
+
+    def sql(self, statement: str, database: str = "ledgers") -> None:
+        place = ("-h", str(self.folder), "-p", str(self.port), "-d", database)
+        self._run("psql", *place, "-v", "ON_ERROR_STOP=1", "-q", "-c", statement)
+
+    def start(self) -> None:
+        # what a crash of the machine would do to it is nothing that tests look at
+        options = f"-k {self.folder} -p {self.port} -c listen_addresses=127.0.0.1 -c fsync=off"
         self._run("pg_ctl", "-D", f"{self.folder}/data", "-o", options, "-l", f"{self.folder}/log", "-w", "start")
 
+    def stop(self, mode: str = "fast") -> None:
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-m", mode, "stop")
+
     def close(self) -> None:
-        self._run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "stop")
+        if (self.folder / "data" / "postmaster.pid").exists():
+            self.stop("immediate")
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _address(self, scheme: str, database: str) -> str:
+        return f"{scheme}://{self.user}@/{database}?host={self.folder}&port={self.port}"
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [*self._as_user, _postgres_program(program), *arguments]

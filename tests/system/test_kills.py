@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from orchestrator.checkpoints import newest_checkpoint
 from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_decisions import read_decisions
-from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.ledger_place import place_in
 from orchestrator.tracking_run import shown_name
 from tests.orchestrator.rung_checks import assert_explained
-from tests.system.services import MlflowServer, RayCluster, kill_session
+from tests.system.services import MlflowServer, PostgresServer, RayCluster, kill_session
 
 pytestmark = pytest.mark.system
 
@@ -80,7 +80,7 @@ class Sweep:
             kill_session(process)
 
     def ledger(self) -> Ledger:
-        return Ledger.open_existing(self.folder / LEDGER_FILE)
+        return Ledger.open_existing(place_in(self.folder))
 
     @property
     def said(self) -> str:
@@ -89,7 +89,7 @@ class Sweep:
 
     def trainings(self) -> list[Training]:
         """[] before there is a ledger."""
-        ledger = Ledger.open_if_there(self.folder / LEDGER_FILE)
+        ledger = Ledger.open_if_there(place_in(self.folder))
         if ledger is None:
             return []
         try:
@@ -222,15 +222,20 @@ def disturbed_grid(
     # once more: what MLflow missed is delivered, and nothing else happens
     before = sweep.trainings()
     sweep.run()
-    after = sweep.trainings()
-    assert after == before
+    assert sweep.trainings() == before
+    assert_same_results(sweep, undisturbed)
+    assert_tracked(server, before)
+
+
+def assert_same_results(sweep: Sweep, undisturbed: Sweep) -> None:
+    """Bit for bit: what was reported on the way, metrics, dictionaries."""
+    found = sweep.trainings()
     expected = {one.training_id: one for one in undisturbed.trainings()}
-    assert {one.training_id for one in after} == expected.keys() and len(after) == len(expected)
-    for one in after:
+    assert {one.training_id for one in found} == expected.keys() and len(found) == len(expected)
+    for one in found:
         assert (one.state, one.dictionary_sha256) == ("finished", expected[one.training_id].dictionary_sha256)
         assert one.metrics == expected[one.training_id].metrics
     assert reported(sweep) == reported(undisturbed)
-    assert_tracked(server, after)
 
 
 SAMPLE_TOKENS, TOKENS = 49_152, 131_072
@@ -256,6 +261,38 @@ def test_a_grid_with_one_kill_of_each_kind(
     disturbed_grid(
         tmp_path, cluster, server, short_grid, SAMPLE_TOKENS, Disturbance(0, Counter(KINDS), 5 * SAMPLE_TOKENS)
     )
+
+
+def test_a_grid_whose_ledger_has_a_server_that_goes_away(tmp_path: Path, short_grid: Sweep) -> None:
+    if not PostgresServer.is_installed():
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgresServer()
+    try:
+        sweep = Sweep.create(tmp_path / "database", SAMPLE_TOKENS, ledger=server.ledgers)
+        process = sweep.start()
+        try:
+            wait_for_tokens(sweep, process)
+            server.stop()
+            # every pack has something to say by then
+            time.sleep(3.0)
+            server.start()
+            assert process.wait(timeout=END_SECONDS) == 0, sweep.said
+        finally:
+            kill_session(process)
+        assert sweep.said.count("the ledger's server is away") == 1 and "Traceback" not in sweep.said
+        assert not list(sweep.folder.glob("*.sqlite"))
+        assert_same_results(sweep, short_grid)
+    finally:
+        server.close()
+
+
+def wait_for_tokens(sweep: Sweep, process: subprocess.Popen[bytes], more_than: int = 0) -> int:
+    """Until the trainings have come farther than that; answers how far."""
+    deadline = time.monotonic() + END_SECONDS
+    while (done := sum(one.tokens_done for one in sweep.trainings())) <= more_than:
+        assert process.poll() is None and time.monotonic() < deadline, sweep.said
+        time.sleep(0.2)
+    return done
 
 
 @pytest.mark.slow

@@ -1,0 +1,52 @@
+"""The file in a sweep's folder that says where its ledger is, when that is not the folder itself."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from orchestrator.ledger_tables import LEDGER_FORMAT, refuse_other_format
+from qkmodel.errors import InputError
+from qkmodel.files import create_atomically, write_atomically
+
+POINTER_FILE = "ledger.json"
+
+
+@dataclass(frozen=True)
+class LedgerPointer:
+    """`address` has no password. `identity` is in the ledger, too: it tells this folder's from a namesake's."""
+
+    address: str
+    schema: str
+    identity: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """None where the folder has none. Raises InputError when it cannot be read."""
+        path = folder / POINTER_FILE
+        try:
+            found = json.loads(path.read_text())
+            values = [found[name] for name in ("address", "schema", "identity")]
+            version = found["format"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: does not say where the ledger is ({error}); put a copy of it there") from error
+        refuse_other_format(str(path), version)
+        if not all(isinstance(value, str) for value in values):
+            raise InputError(f"{path}: does not say where the ledger is; put a copy of it there")
+        return cls(*values)
+
+    def create(self, folder: Path) -> None:
+        """Raises FileExistsError when another process was quicker."""
+        create_atomically(folder / POINTER_FILE, self._text)
+
+    def remove(self, folder: Path) -> None:
+        (folder / POINTER_FILE).unlink(missing_ok=True)
+
+    def replace(self, folder: Path) -> None:
+        write_atomically(folder / POINTER_FILE, self._text)
+
+    @property
+    def _text(self) -> bytes:
+        return (json.dumps({"format": LEDGER_FORMAT, **asdict(self)}, indent=1) + "\n").encode()
