@@ -20,8 +20,8 @@ _PLAIN_TAGS = {
 }
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, as plain dictionaries, lists and scalars.
+def read_mapping(path: Path, kind: str = "sweep file") -> dict[str, Any]:
+    """The mapping that a YAML file of a kind holds, as plain dictionaries, lists and scalars.
 
     Numbers are read as OmegaConf reads them (`1e-3` is a number). Refused besides broken YAML: a key that
     stands twice, a key that is not text, tags, aliases and interpolations.
@@ -29,12 +29,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         InputError: one line with the file and, where there is one, the line and column.
     """
-    text = _read_text(path)
+    text = _read_text(path, kind)
     try:
         _check_structure(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
-            raise InputError(f"{path}: is empty; a sweep file is a YAML mapping that starts with name: ...")
+            raise InputError(f"{path}: is empty; a {kind} is a YAML mapping, key: value lines")
         if not isinstance(root, yaml.MappingNode):
             raise InputError(f"{path}: holds no mapping but a {root.id}; write key: value lines")
         _check_node(path, root, "")
@@ -49,31 +49,31 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: line {line}: holds the control character {error.character!r}") from None
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, kind: str) -> str:
     try:
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; name a sweep file in it")
+            raise InputError(f"{path}: is a folder; name a {kind} in it")
         if not path.is_file():
             if path.exists():
-                raise InputError(f"{path}: is a pipe or a device; give the path of a sweep file")
+                raise InputError(f"{path}: is a pipe or a device; give the path of a {kind}")
             if path.is_symlink():
-                raise InputError(f"{path}: is a link that leads nowhere; give the path of a sweep file")
-            raise InputError(f"{path}: there is no such file; {_nearest_file(path)}")
+                raise InputError(f"{path}: is a link that leads nowhere; give the path of a {kind}")
+            raise InputError(f"{path}: there is no such file; {_nearest_file(path, kind)}")
         size = path.stat().st_size
         if size > _MOST_BYTES:
-            raise InputError(f"{path}: holds {size:,} bytes; a sweep file is text of at most {_MOST_BYTES:,}")
+            raise InputError(f"{path}: holds {size:,} bytes; a {kind} is text of at most {_MOST_BYTES:,}")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; give the path of a sweep file") from None
+        raise InputError(f"{path}: cannot be read: {error.strerror}; give the path of a {kind}") from None
 
 
-def _nearest_file(path: Path) -> str:
+def _nearest_file(path: Path, kind: str) -> str:
     # without what all of them end in, which alone would make them alike
     siblings = {file.stem: file.name for file in sorted(path.parent.glob("*.yaml"))}
     near = difflib.get_close_matches(path.stem, siblings, n=1)
-    return f"did you mean {path.with_name(siblings[near[0]])}?" if near else "give the path of a sweep file"
+    return f"did you mean {path.with_name(siblings[near[0]])}?" if near else f"give the path of a {kind}"
 
 
 def _check_structure(path: Path, text: str) -> None:
@@ -91,7 +91,7 @@ def _check_structure(path: Path, text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             raise InputError(f"{where}: *{event.anchor} is an alias; write the value out")
         if depth > _DEEPEST:
-            raise InputError(f"{where}: is nested more than {_DEEPEST} deep; no key of a sweep file is")
+            raise InputError(f"{where}: is nested more than {_DEEPEST} deep; no key is")
 
 
 def _check_node(path: Path, node: yaml.Node, key: str) -> None:

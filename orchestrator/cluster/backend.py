@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Protocol
 
+from orchestrator.addresses import sqlite_file
 from orchestrator.cluster.config import Cluster, KubeRayCluster, LocalCluster, RayCluster, SlurmCluster
 from orchestrator.cluster.job import Job, JobStatus
 from orchestrator.config import SweepConfig
@@ -11,6 +12,16 @@ from qkmodel.errors import InputError
 
 class NoAnswer(InputError):
     """A cluster did not answer in time; what it was told may have reached it."""
+
+
+def refuse_relative_tracking(config: SweepConfig) -> None:
+    """Raises InputError for an MLflow database whose path is relative to a folder that ends with the job."""
+    file = sqlite_file(config.tracking or "")
+    if file is not None and not file.is_absolute():
+        raise InputError(
+            f"tracking: {config.tracking} is relative, and the sweep runs elsewhere; write a whole path (four slashes) "
+            "on what all nodes share, a server, or leave it out"
+        )
 
 
 class Backend(Protocol):

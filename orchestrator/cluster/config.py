@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from orchestrator.addresses import redact_url, require_readable
 from orchestrator.validation import explain
@@ -80,6 +80,17 @@ class _Cluster(Schema):
         return environment
 
 
+def _slurm_seconds(time: str) -> int:
+    """Of minutes, minutes:seconds, hours:minutes:seconds, and days-hours with what follows (man sbatch)."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = parts if len(parts) == 3 else [0, *parts, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 class LocalCluster(_Cluster):
     """This machine, in the background."""
 
@@ -138,6 +149,12 @@ class SlurmCluster(_Cluster):
         if time is not None and not _TIME.fullmatch(time):
             raise ValueError('must be a time such as "8:00:00" (hours) or "2-00:00:00" (days), in quotes')
         return time
+
+    @model_validator(mode="after")
+    def _time_to_train(self) -> Self:
+        if self.time is not None and _slurm_seconds(self.time) <= self.grace_seconds:
+            raise ValueError(f"time {self.time} is over before grace_seconds ({self.grace_seconds}); ask for more")
+        return self
 
     @field_validator("options")
     @classmethod
@@ -211,7 +228,7 @@ def load_cluster(name: str) -> Cluster:
                 return LocalCluster()
             known = sorted({LOCAL, *(file.stem for file in FOLDER.glob("*.yaml"))})
             raise InputError(f"--cluster: {name}: there is no {path}; known here: {', '.join(known)}")
-    values = read_mapping(path)
+    values = read_mapping(path, "cluster's file")
     kind = values.get("backend")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise InputError(f"{path}: backend: must be one of {', '.join(_KINDS)}")

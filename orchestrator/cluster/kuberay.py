@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from orchestrator.addresses import redact_url
-from orchestrator.cluster.backend import NoAnswer
+from orchestrator.cluster.backend import NoAnswer, refuse_relative_tracking
 from orchestrator.cluster.config import KubeRayCluster, NodeShape
 from orchestrator.cluster.job import SWEEP, Job, JobStatus, State, resolved_yaml
 from orchestrator.config import SweepConfig, load_sweep
@@ -53,6 +53,7 @@ class KubeRayBackend:
                 f"storage: {config.storage} is not on the shared volume; write a folder below {mount}, in the sweep "
                 "file or in the cluster's"
             )
+        refuse_relative_tracking(config)
         if config.tracking is not None and redact_url(config.tracking) != config.tracking:
             raise InputError(
                 "tracking: holds a password, which would lie in the cluster for all to read; leave it out and name a "

@@ -1,18 +1,32 @@
 """Reading a log that another process is still writing."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qkmodel.errors import InputError
+
 PAUSE_SECONDS = 0.3
 CHECK_SECONDS = 3.0
+# how long a cluster that has answered may fall silent before following its job ends
+HICCUP_SECONDS = 60.0
 
 
 def follow_file(path: Path, follow: bool, is_over: Callable[[], bool]) -> Iterator[str]:
-    """What is in the file; with `follow` also what comes, until `is_over`, which is asked every `CHECK_SECONDS`."""
-    position, next_check = 0, 0.0
+    """What is in the file; with `follow` also what comes, until `is_over`, which is asked every `CHECK_SECONDS`.
+
+    Raises the InputError of `is_over` once it has been one for longer than a hiccup.
+    """
+    position, next_check, answered = 0, 0.0, -math.inf
     while True:
-        over = not follow or (time.monotonic() >= next_check and is_over())
+        over = not follow
+        if follow and time.monotonic() >= next_check:
+            try:
+                over, answered = is_over(), time.monotonic()
+            except InputError:
+                if time.monotonic() > answered + HICCUP_SECONDS:
+                    raise
         if time.monotonic() >= next_check:
             next_check = time.monotonic() + CHECK_SECONDS
         # read after asking, so that nothing written before the end is missed

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shlex
 import shutil
 import tempfile
@@ -17,9 +18,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.job_submission import JobStatus as RayStatus
 
-from orchestrator.cluster.backend import NoAnswer
+from orchestrator.cluster.backend import NoAnswer, refuse_relative_tracking
 from orchestrator.cluster.config import RayCluster
 from orchestrator.cluster.job import SWEEP, Job, JobStatus
+from orchestrator.cluster.log_file import HICCUP_SECONDS
 from orchestrator.config import SweepConfig
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
@@ -46,6 +48,7 @@ class RayBackend:
                 f"storage: {config.storage} is relative, and the sweep runs elsewhere; write the absolute path of a "
                 "folder that all nodes share, in the sweep file or in the cluster's"
             )
+        refuse_relative_tracking(config)
         wanted = self._cluster.working_directory
         if wanted is not None and not user_path("working_directory", wanted).is_dir():
             raise InputError(f"working_directory: {wanted}: there is no such folder")
@@ -98,11 +101,18 @@ class RayBackend:
         return _status(job, details)
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
-        client, said = self._client(), 0
+        client, said, answered = self._client(), 0, -math.inf
         while True:
-            with _one_line(self._cluster.address):
-                over = client.get_job_info(job.record.handle).status.is_terminal()
-                text = client.get_job_logs(job.record.handle)
+            try:
+                with _one_line(self._cluster.address):
+                    over = client.get_job_info(job.record.handle).status.is_terminal()
+                    text = client.get_job_logs(job.record.handle)
+            except InputError:
+                if time.monotonic() > answered + HICCUP_SECONDS:
+                    raise
+                time.sleep(POLL_SECONDS)
+                continue
+            answered = time.monotonic() if follow else answered
             if len(text) > said:
                 yield text[said:]
                 said = len(text)

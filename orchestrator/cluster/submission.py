@@ -1,7 +1,10 @@
 """Submitting a sweep, listing what was submitted, ending it."""
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -27,18 +30,30 @@ def submit(config: SweepConfig, cluster_name: str) -> Job:
     """Hands a sweep to a cluster. Raises InputError, and leaves nothing behind, when it cannot be run there."""
     config, cluster = for_cluster(config, cluster_name)
     backend = backend_of(cluster)
-    _refuse_twice(config)
-    backend.check(config)
-    job = new_job(config, cluster_name, cluster)
-    try:
-        backend.submit(job)
-    except NoAnswer:
-        # it may have arrived: the job stays, and its status tells
-        raise
-    except (InputError, OSError):
-        shutil.rmtree(job.folder)
-        raise
+    with _alone():
+        _refuse_twice(config)
+        backend.check(config)
+        job = new_job(config, cluster_name, cluster)
+        try:
+            backend.submit(job)
+        except NoAnswer:
+            # it may have arrived: the job stays, and its status tells
+            raise
+        except (InputError, OSError):
+            shutil.rmtree(job.folder)
+            raise
     return job
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Against another submission from this folder, which would not see the job yet; no file is left of it."""
+    folder = os.open(".", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _refuse_twice(config: SweepConfig) -> None:

@@ -28,6 +28,13 @@ def test_a_cluster_is_found_by_name_and_by_file_and_comes_back_from_its_record(
     assert TypeAdapter(Cluster).validate_python(cluster.model_dump(mode="json")) == cluster
 
 
+@pytest.mark.parametrize("time", ["2", "1:01", "0:01:01", "1-0", "0-0:02", "0-0:01:01"])
+def test_a_time_limit_that_leaves_more_than_the_grace(time: str, tmp_path: Path) -> None:
+    file = tmp_path / "slurm.yaml"
+    file.write_text(f"backend: slurm\ntime: '{time}'\n")
+    assert load_cluster(str(file)).time == time
+
+
 def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_cluster("local") == LocalCluster()
@@ -42,6 +49,10 @@ def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("backend: slurm\nnodes: 0\n", "nodes: 0 must be at least 1"),
         # YAML reads 8:00:00 as a number
         ("backend: slurm\ntime: 8 h\n", 'time: "8 h" must be a time such as "8:00:00" (hours)'),
+        ("backend: slurm\ntime: '1'\n", "time 1 is over before grace_seconds (60)"),
+        ("backend: slurm\ntime: '0:59'\ngrace_seconds: 59\n", "time 0:59 is over before grace_seconds (59)"),
+        ("backend: slurm\ntime: '0:10:00'\ngrace_seconds: 600\n", "time 0:10:00 is over before grace_seconds (600)"),
+        ("", "is empty; a cluster's file is a YAML mapping"),
         ("backend: slurm\noptions: [--nodes=4]\n", "--nodes=4 is what the job's script says itself"),
         ('backend: slurm\noptions: ["--x=1\\n#SBATCH --wrap=id"]\n', "options[0]"),
         ("backend: ray\n", 'address: is missing; write for example address: "http://head:8265"'),

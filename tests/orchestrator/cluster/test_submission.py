@@ -1,0 +1,51 @@
+"""Submitting: what is refused before a cluster is asked, and two at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster.backend import refuse_relative_tracking
+from orchestrator.config import load_sweep
+from qkmodel.errors import InputError
+from tests.orchestrator.sweep_files import write_sweep
+
+SUBMIT = """
+import sys, time
+from pathlib import Path
+from orchestrator.cluster import submission
+from orchestrator.cluster.local import LocalBackend
+from orchestrator.config import load_sweep
+from qkmodel.errors import InputError
+
+LocalBackend.check = lambda self, config: time.sleep(1)
+LocalBackend.submit = lambda self, job: None
+LocalBackend.status = lambda self, job: submission.JobStatus(state="running")
+try:
+    print(submission.submit(load_sweep(Path(sys.argv[1]), []), "local").id)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_of_two_submissions_at_one_moment_one_is_refused(tmp_path: Path) -> None:
+    file = write_sweep(tmp_path)
+    both = [
+        subprocess.Popen([sys.executable, "-c", SUBMIT, str(file)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert len(list((tmp_path / "runs" / "jobs").iterdir())) == 1
+    assert sum("of this sweep is not over yet" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("tracking", ["sqlite:///mlflow.db", "sqlite:///a/b.db"])
+def test_a_database_in_a_folder_that_is_thrown_away_is_refused(tracking: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^tracking: sqlite:///\S+ is relative, and the sweep runs elsewhere"):
+        refuse_relative_tracking(load_sweep(write_sweep(tmp_path, tracking=tracking), []))
+
+
+@pytest.mark.parametrize("tracking", [None, "http://mlflow:5000", "sqlite:////data/mlflow.db", "postgresql://h/mlflow"])
+def test_other_stores_are_not(tracking: str | None, tmp_path: Path) -> None:
+    refuse_relative_tracking(load_sweep(write_sweep(tmp_path, tracking=tracking), []))
