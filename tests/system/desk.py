@@ -65,6 +65,11 @@ class Desk:
             time.sleep(0.3)
         raise TimeoutError(f"{name}: no training has {tokens} tokens")
 
+    def tokens(self, name: str) -> int:
+        """What the sweep's trainings have seen together."""
+        ledger = Ledger.open_existing(self.folder / "store" / name / LEDGER_FILE)
+        return sum(training.tokens_done for training in ledger.trainings())
+
     def hashes(self, name: str) -> dict[str, str | None]:
         ledger = Ledger.open_existing(self.folder / "store" / name / LEDGER_FILE)
         return {training.label: training.dictionary_sha256 for training in ledger.trainings()}

@@ -40,7 +40,10 @@ JobRequeue=1
 # long enough for a sweep's checkpoints
 KillWait=30
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=work Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=work Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes={host} MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -87,6 +90,9 @@ class Slurm:
 
     def close(self) -> None:
         self.ask("scancel", "--user=root")
+        # a sweep that is not told to end would outlive its SLURM
+        with contextlib.suppress(TimeoutError):
+            self._wait(lambda: not self.ask("squeue", "--noheader").strip())
         for daemon in reversed(self._daemons):
             with contextlib.suppress(ProcessLookupError):
                 kill_session(daemon)

@@ -15,6 +15,9 @@ from tests.system.services import RayCluster, free_port
 from tests.system.test_clusters import LONG
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
+# for as long as a test takes
+RATES = ",".join(f"{index}e-4" for index in range(1, 31))
+ENDLESS = (*LONG, f"search.space.learning_rate=[{RATES}]", "search.trainings=60")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,43 @@ def test_a_slurm_job_that_is_told_to_end_goes_back_into_the_queue_and_goes_on(
     assert f"job {number} goes back into the queue" in said
     desk.ask("sweep", "first.yaml", *LONG, "name=alone")
     assert desk.hashes("long") == desk.hashes("alone")
+
+
+def goes_on(slurm_cluster: slurm.Slurm, desk: Desk, job: str) -> None:
+    """The job is back in the queue; begun again, it gets further than it was, and is cancelled."""
+    (number,) = slurm_cluster.ask("squeue", "--noheader", "--partition=work", "--format=%A").split()
+    slurm_cluster.ask("scontrol", "update", f"jobid={number}", "StartTime=now")
+    before, deadline = desk.tokens("long"), time.monotonic() + 300
+    while desk.tokens("long") == before:
+        assert time.monotonic() < deadline, desk.ask("logs", job)[0]
+        time.sleep(1)
+    said = desk.ask("logs", job)[0]
+    assert said.count("interrupted; the same command continues where it was") == 1
+    assert f"job {number} goes back into the queue" in said
+    desk.ask("cancel", job)
+    assert desk.wait(job, "cancelled", "lost", "failed", "interrupted", "finished") == "cancelled"
+
+
+def test_a_slurm_job_whose_time_is_over_goes_back_into_the_queue(slurm_cluster: slurm.Slurm, tmp_path: Path) -> None:
+    settings = {"backend": "slurm", "partition": "work", "time": "3", "grace_seconds": 30}
+    desk = Desk(tmp_path, settings, slurm_cluster.environment)
+    job = desk.submit(*ENDLESS)
+    desk.wait_for_reports("long", 2048)
+    desk.wait(job, "pending")
+    goes_on(slurm_cluster, desk, job)
+
+
+def test_a_slurm_job_that_another_goes_before_waits_for_its_end(slurm_cluster: slurm.Slurm, tmp_path: Path) -> None:
+    desk = Desk(tmp_path, {"backend": "slurm", "partition": "work"}, slurm_cluster.environment)
+    job = desk.submit(*ENDLESS)
+    desk.wait_for_reports("long", 2048)
+    slurm_cluster.ask("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    desk.wait(job, "pending")
+    deadline = time.monotonic() + 120
+    while slurm_cluster.ask("squeue", "--noheader", "--partition=urgent").strip():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    goes_on(slurm_cluster, desk, job)
 
 
 def test_a_slurm_job_that_scancel_ends_stays_ended(slurm_cluster: slurm.Slurm, tmp_path: Path) -> None:
