@@ -173,7 +173,7 @@ def test_a_pack_fits_the_smallest_gpu_whatever_others_there_are(
         InputError, match=r"search\.space\.dictionary_size: a pack of 1 takes .*, and there are 3\.0 GB"
     ):
         plan_of(file, *large)
-    memories[1] = 80 * 10**9
+    memories[:] = [800 * 10**9] * 3
     more = ["search.space.seed=[0,1,2,3]", "search.trainings=32"]
     alone = plan_of(file, *large, *more)
     assert (alone.slots, alone.pack_size) == (3, 8)
