@@ -263,6 +263,7 @@ def test_a_grid_with_one_kill_of_each_kind(
     )
 
 
+@pytest.mark.slow
 def test_a_grid_whose_ledger_has_a_server_that_goes_away(tmp_path: Path, short_grid: Sweep) -> None:
     if not PostgresServer.is_installed():
         pytest.skip("PostgreSQL is not installed")
