@@ -25,10 +25,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from pattern_kl_gpu import gpt2_like_layer, peak_flops
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
-from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer
@@ -46,7 +46,6 @@ KINDS = {
     ),
 }
 LOOPS = {"plain": ("highest", None), "tf32": ("high", None), "bf16": ("highest", torch.bfloat16)}
-PEAK_SIZE = 8192
 # Dense products of tokens × features × d_model in a step: with TopK two choose and four are gradients of weights.
 DENSE_PRODUCTS = {"topk": 6, "relu": 10}
 PRODUCTS_PER_SCORE = 16
@@ -73,7 +72,7 @@ class World:
         # its last norm stands for the layer's first: what comes out is the layer's input
         self.model = GPT2Model(config).cuda().eval().requires_grad_(False)
         self.tokens = torch.randint(config.vocab_size, (SEQUENCES, CONTEXT), device="cuda")
-        self.layer = random_layer().cuda()
+        self.layer = gpt2_like_layer().cuda()
         self._cached()
         self.forward_seconds, x = seconds(self._cached)
         self.cache = Activations(x)
@@ -215,31 +214,6 @@ def busiest(work: Callable[[], object], steps: int) -> dict[str, float]:
     times = {event.key[:80]: event.self_device_time_total / 1e3 / steps for event in profile.key_averages()}
     largest = sorted(times.items(), key=lambda item: -item[1])[:14]
     return {name: round(value, 3) for name, value in largest} | {"all": round(sum(times.values()), 3)}
-
-
-def random_layer() -> AttentionLayer:
-    """Scores of standard deviation 1 for inputs of standard deviation 1."""
-    geometry = AttentionGeometry(
-        architecture="GPT2LMHeadModel",
-        layer=LAYER,
-        d_model=D_MODEL,
-        n_heads=HEADS,
-        n_kv_heads=HEADS,
-        d_head=D_HEAD,
-        scale=D_HEAD**-0.5,
-    )
-    shapes = geometry.tensor_shapes()
-    return AttentionLayer.from_tensors(
-        geometry, {name: torch.randn(shape) / D_MODEL**0.5 for name, shape in shapes.items()}
-    )
-
-
-def peak_flops() -> float:
-    """Measured rate of a large bfloat16 product."""
-    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    return 2.0 * PEAK_SIZE**3 / median(seconds(lambda: a @ b)[0] for _ in range(10))
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:

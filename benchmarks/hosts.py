@@ -1,6 +1,6 @@
 """Two hosts against one: the same 16 trainings on a Ray cluster whose workers have one CPU of this machine each.
 
-    python benchmarks/hosts.py                as root, on two CPUs, about half an hour
+    python -m benchmarks.hosts                as root, on two CPUs, about half an hour
 
 Hosts are network namespaces with addresses of their own; the head, which drives, is one more and has no CPU to itself.
 Seconds from the first training's start to the last one's end, by the ledger. The last line is the figures, as JSON:

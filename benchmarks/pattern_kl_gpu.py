@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def gpt2_like_layer() -> AttentionLayer:
-    """GPT-2 small's geometry; the weights play no part here."""
+    """GPT-2 small's geometry; inputs of standard deviation 1 give scores of standard deviation 1."""
     geometry = AttentionGeometry(
         architecture="GPT2LMHeadModel",
         layer=0,
@@ -66,7 +66,7 @@ def gpt2_like_layer() -> AttentionLayer:
         scale=D_HEAD**-0.5,
     )
     return AttentionLayer.from_tensors(
-        geometry, {name: torch.zeros(shape) for name, shape in geometry.tensor_shapes().items()}
+        geometry, {name: torch.randn(shape) / geometry.d_model**0.5 for name, shape in geometry.tensor_shapes().items()}
     )
 
 
