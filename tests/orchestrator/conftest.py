@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_pointer import LedgerPointer
 from tests.orchestrator.tracking_world import IDENTITY, REFERENCE
-from tests.system.services import PostgresServer
+from tests.system.services import PostgresServer, postgres_or_skip
 
 
 @pytest.fixture(scope="session")
@@ -24,11 +24,8 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """One that nobody stops."""
-    if not PostgresServer.is_installed():
-        pytest.skip("PostgreSQL is not installed")
-    server = PostgresServer()
-    yield server
-    server.close()
+    with postgres_or_skip() as server:
+        yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

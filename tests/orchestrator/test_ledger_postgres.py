@@ -22,7 +22,7 @@ from orchestrator.ledger_postgres import SweepSchema, schema_name
 from orchestrator.starts import Lease, TakenOver
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import write_sweep
-from tests.system.services import PostgresServer, free_port
+from tests.system.services import PostgresServer, free_port, postgres_or_skip
 
 HYPERPARAMETERS = {"dictionary_size": 512, "activation": "topk", "k": 16, "learning_rate": 3e-3, "seed": 0}
 PASSWORD = "sw0rdfish"
@@ -31,12 +31,9 @@ PASSWORD = "sw0rdfish"
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
     """One that tests may stop."""
-    if not PostgresServer.is_installed():
-        pytest.skip("PostgreSQL is not installed")
-    server = PostgresServer()
-    server.sql(f"CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'")
-    yield server
-    server.close()
+    with postgres_or_skip() as server:
+        server.sql(f"CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'")
+        yield server
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+import pytest
 
 READY_SECONDS = 90
 
@@ -253,6 +254,18 @@ class PostgresServer:
     def _run(self, program: str, *arguments: str) -> None:
         command = [*self._as_user, _postgres_program(program), *arguments]
         subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def postgres_or_skip() -> Iterator[PostgresServer]:
+    """A PostgreSQL of the test's own; without one installed the test is skipped."""
+    if not PostgresServer.is_installed():
+        pytest.skip("PostgreSQL is not installed")
+    server = PostgresServer()
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 def _postgres_program(name: str) -> str | None:

@@ -21,7 +21,7 @@ from orchestrator.ledger_decisions import read_decisions
 from orchestrator.ledger_place import place_in
 from orchestrator.tracking_run import shown_name
 from tests.orchestrator.rung_checks import assert_explained
-from tests.system.services import MlflowServer, PostgresServer, RayCluster, kill_session
+from tests.system.services import MlflowServer, RayCluster, kill_session, postgres_or_skip
 
 pytestmark = pytest.mark.system
 
@@ -265,10 +265,7 @@ def test_a_grid_with_one_kill_of_each_kind(
 
 @pytest.mark.slow
 def test_a_grid_whose_ledger_has_a_server_that_goes_away(tmp_path: Path, short_grid: Sweep) -> None:
-    if not PostgresServer.is_installed():
-        pytest.skip("PostgreSQL is not installed")
-    server = PostgresServer()
-    try:
+    with postgres_or_skip() as server:
         sweep = Sweep.create(tmp_path / "database", SAMPLE_TOKENS, ledger=server.ledgers)
         process = sweep.start()
         try:
@@ -283,8 +280,6 @@ def test_a_grid_whose_ledger_has_a_server_that_goes_away(tmp_path: Path, short_g
         assert sweep.said.count("the ledger's server is away") == 1 and "Traceback" not in sweep.said
         assert not list(sweep.folder.glob("*.sqlite"))
         assert_same_results(sweep, short_grid)
-    finally:
-        server.close()
 
 
 def wait_for_tokens(sweep: Sweep, process: subprocess.Popen[bytes], more_than: int = 0) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.services import PostgresServer, kill_session
+from tests.system.services import PostgresServer, kill_session, postgres_or_skip
 from tests.system.test_kills import SAMPLE_TOKENS, Sweep, assert_same_results, wait_for_tokens
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -21,11 +21,8 @@ IMPATIENT = "import sys, orchestrator.sweep; orchestrator.sweep.LEDGER_PATIENCE_
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    if not PostgresServer.is_installed():
-        pytest.skip("PostgreSQL is not installed")
-    server = PostgresServer()
-    yield server
-    server.close()
+    with postgres_or_skip() as server:
+        yield server
 
 
 def test_results_are_those_of_a_sweep_with_a_file(server: PostgresServer, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable
 from tests.orchestrator.sweep_files import write_sweep
 from tests.orchestrator.tracking_world import IDENTITY, REFERENCE, finish, start
-from tests.system.services import MlflowServer, PostgresServer, mlflow_ui
+from tests.system.services import MlflowServer, PostgresServer, mlflow_ui, postgres_or_skip
 
 pytestmark = pytest.mark.system
 
@@ -22,11 +22,8 @@ PASSWORD = "a-long-enough-password"
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[PostgresServer]:
-    if not PostgresServer.is_installed():
-        pytest.skip("PostgreSQL is not installed")
-    server = PostgresServer()
-    yield server
-    server.close()
+    with postgres_or_skip() as server:
+        yield server
 
 
 @pytest.fixture
