@@ -16,10 +16,16 @@ from orchestrator.cli_output import JsonOption, console, messages, naming, print
 from orchestrator.cluster.cli import cluster_commands
 from orchestrator.config import SweepConfig, load_sweep, one_line
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_connection import Place
 from orchestrator.ledger_place import place_in, place_of
+from orchestrator.report import REPORT_FILE
 from orchestrator.status import fronts_record, status_record, study_statuses
+from orchestrator.storage.address import check_storage_text, is_bucket
+from orchestrator.storage.opened import local_root, open_in_bucket
+from orchestrator.storage_check import check_bucket
 from orchestrator.tables import counted, front_table, state_table
 from orchestrator.tracking_store import STORE_FILE, TrackingUnavailable
+from orchestrator.versions import GIT_DIFF_FILE
 from qkmodel.errors import InputError
 from qkmodel.files import require_place, user_path
 
@@ -31,7 +37,7 @@ app = typer.Typer(
 app.add_typer(cluster_commands)
 
 SweepArgument = Annotated[
-    str, typer.Argument(metavar="SWEEP", help="A sweep's folder, its sweep file, or its name below runs/.")
+    str, typer.Argument(metavar="SWEEP", help="A sweep's folder or address, its sweep file, or its name below runs/.")
 ]
 LayerOption = Annotated[int | None, typer.Option("--layer", metavar="N", help="One layer's front only.", min=0)]
 
@@ -168,8 +174,8 @@ def explain(
         typer.Option(metavar="PAGE", help="Write an HTML page too, with where the pairs meet in the corpus."),
     ] = None,
     storage: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where sweeps keep activations, for the corpus on that page.")
-    ] = Path("runs"),
+        str, typer.Option(metavar="STORAGE", help="Where sweeps keep activations, for the corpus on that page.")
+    ] = "runs",
     as_json: JsonOption = False,
 ) -> None:
     """The pairs of features behind a head's attention on a text; their contributions add up to the score."""
@@ -182,10 +188,11 @@ def explain(
         output = user_path("--output", str(output))
         # before the model is loaded for it
         require_place("--output", output)
+        check_storage_text(storage)
     opened = open_dictionary(dictionary, tracking)
     found, tokens, texts = explain(opened, head, words, keys, pairs)
     if output is not None:
-        for line in write_explanation(output, opened, found, tokens, texts, user_path("--storage", str(storage))):
+        for line in write_explanation(output, opened, found, tokens, texts, storage):
             messages.print(line, markup=False, highlight=False, soft_wrap=True)
         messages.print(f"written: {output}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
@@ -293,7 +300,8 @@ def report(
     path, left_out = write_report(ledger, place, training)
     for line in left_out:
         messages.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    shown = str(path) if output is not None else ledger.storage.shown(path)
+    console.print(shown, markup=False, highlight=False, soft_wrap=True)
     if output is None:
         _deliver_report(sweep, ledger)
 
@@ -361,9 +369,9 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
     if outcome.tracking_error is not None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
         # the ledger keeps no password, the file no overrides
-        where = str(file if HIDDEN in redact_url(config.tracking or "") else outcome.ledger.folder)
+        where = str(file) if HIDDEN in redact_url(config.tracking or "") else _shown_folder(outcome.ledger)
         messages.print(f"once it is there: orchestrate track {shlex.quote(where)}", markup=False, soft_wrap=True)
-    folder = shlex.quote(str(outcome.ledger.folder))
+    folder = shlex.quote(_shown_folder(outcome.ledger))
     messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
     if outcome.stopped:
         messages.print(f"{counted(outcome.stopped, 'training')} stopped at rungs", markup=False)
@@ -394,24 +402,52 @@ def _print_fronts(ledger: Ledger) -> None:
 
 
 def _open_ledger(sweep: str) -> Ledger:
-    folder, path = _sweep_folder(sweep), user_path("SWEEP", sweep)
-    # a sweep file knows it on machines, too, that do not have the folder
-    place = place_of(load_sweep(path), folder, reading=True) if path.is_file() else place_in(folder)
+    place = _place(sweep)
+    if place.storage.url is not None:
+        for name in (GIT_DIFF_FILE, REPORT_FILE):
+            # by which is told what MLflow lacks
+            place.storage.fetch(place.folder / name)
     return Ledger.open_existing(place)
 
 
+def _place(sweep: str) -> Place:
+    if is_bucket(sweep):
+        bucket, folder = open_in_bucket(sweep)
+        check_bucket(bucket.url, is_written=False)
+        place = place_in(folder, bucket)
+        if place.storage is not bucket:
+            raise InputError(f"{sweep}: no sweep is there; give the address of a sweep that was started")
+        return place
+    folder, path = _sweep_folder(sweep), user_path("SWEEP", sweep)
+    if not path.is_file():
+        return place_in(folder)
+    # a sweep file knows it on machines, too, that do not have the folder
+    config = load_sweep(path)
+    if is_bucket(config.storage):
+        check_bucket(config.storage, is_written=False)
+    return place_of(config, folder, reading=True)
+
+
+def _shown_folder(ledger: Ledger) -> str:
+    return ledger.storage.shown(ledger.folder)
+
+
 def _sweep_folder(sweep: str) -> Path:
-    """The folder that a folder, a sweep file or a name stands for."""
+    """The folder on this machine that a folder, an address in a bucket, a sweep file or a name stands for."""
+    if is_bucket(sweep):
+        return open_in_bucket(sweep)[1]
     path = user_path("SWEEP", sweep).absolute()
     if path.is_file():
         config = load_sweep(path)
-        return Path(config.storage).expanduser().absolute() / config.name
+        return local_root(config.storage) / config.name
     if path.is_dir():
         return path
     default = Path("runs").absolute() / sweep
     if default.is_dir():
         return default
-    raise InputError(f"{sweep}: no sweep of that name; give a sweep's folder, its sweep file, or a name below runs/")
+    raise InputError(
+        f"{sweep}: no sweep of that name; give a sweep's folder or address, its sweep file, or a name below runs/"
+    )
 
 
 def _print_chosen(record: dict[str, Any], label: str) -> None:
@@ -428,10 +464,10 @@ def _print_chosen(record: dict[str, Any], label: str) -> None:
 
 def _tracking_of(sweep: str) -> tuple[str | None, Path]:
     """A sweep's `tracking`, whole, and its `storage`."""
-    file = user_path("SWEEP", sweep)
-    if file.is_file():
+    file = None if is_bucket(sweep) else user_path("SWEEP", sweep)
+    if file is not None and file.is_file():
         config = load_sweep(file)
-        return config.tracking, Path(config.storage).expanduser()
+        return config.tracking, local_root(config.storage)
     tracking = _open_ledger(sweep).sweep().config["tracking"]
     if tracking is not None and HIDDEN in tracking:
         raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file in its place")

@@ -16,6 +16,7 @@ from pydantic import (
 from orchestrator.addresses import redact_url, require_ledger_address, require_readable, sqlite_file
 from orchestrator.composition import compose_sweep
 from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig, rung_steps
+from orchestrator.storage.address import check_storage_text, is_bucket
 from orchestrator.task_checks import check_task
 from orchestrator.validation import explain
 from qkmodel.configs import (
@@ -28,7 +29,6 @@ from qkmodel.configs import (
     WholeNumber,
 )
 from qkmodel.errors import InputError
-from qkmodel.files import user_path
 from qkmodel.schema import Schema
 from qkmodel.tasks import Task
 
@@ -150,10 +150,24 @@ class SweepConfig(Schema):
     @field_validator("storage")
     @classmethod
     def _folder(cls, storage: str) -> str:
-        if "://" in storage:
-            raise ValueError("must be the path of a folder")
-        user_path("storage", storage)
+        check_storage_text(storage)
         return storage
+
+    @model_validator(mode="after")
+    def _with_a_bucket_all_else_is_on_servers(self) -> Self:
+        if not is_bucket(self.storage):
+            return self
+        if self.ledger is None:
+            raise InputError(
+                "ledger: is left out, and a bucket can hold none; write the address of a PostgreSQL database, "
+                "postgresql://HOST/DATABASE"
+            )
+        if self.tracking is None or not self.tracking.startswith("http"):
+            raise InputError(
+                "tracking: is no server, and a bucket can hold no database of MLflow's; write the address of an MLflow "
+                "server, http://HOST:PORT"
+            )
+        return self
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> Self:

@@ -11,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from orchestrator.storage.address import is_bucket
+from orchestrator.storage.opened import open_in_bucket
+from orchestrator.storage_check import check_bucket
 from qkmodel.dictionary import Dictionary, load_dictionary
 from qkmodel.errors import InputError
 from qkmodel.language_model import LanguageModel, load_language_model
@@ -22,7 +25,13 @@ TokenTexts = Callable[[Sequence[int]], list[str]]
 
 
 def open_dictionary(reference: str, tracking: str | None) -> Dictionary:
-    """The dictionary in a folder, or the one that `models:/…` names. Raises InputError as these do."""
+    """The dictionary in a folder or a bucket, or the one that `models:/…` names. Raises InputError as these do."""
+    if is_bucket(reference):
+        # in the storage's SWEEP/dictionaries/ID
+        bucket, folder = open_in_bucket(reference, parts=3)
+        check_bucket(bucket.url, is_written=False)
+        bucket.fetch(folder)
+        return load_dictionary(folder)
     if not reference.startswith("models:"):
         return load_dictionary(Path(reference).absolute())
     # takes seconds to import

@@ -18,8 +18,8 @@ def export_dictionary(ledger: Ledger, choice: Choice, output: Path) -> None:
     Raises InputError when `output` is there and not an empty folder, or the dictionary is not the one that the ledger
     records, and OSError when the disk cannot take it.
     """
-    dictionary = ledger.folder / choice.training.dictionary
     config = load_trained(ledger, choice.training).config
+    dictionary = ledger.folder / choice.training.dictionary
     with new_folder(output) as partial:
         for name in files_of(config):
             write_atomically(partial / name, (dictionary / name).read_bytes())

@@ -145,12 +145,12 @@ def _prove_attention(plan: SweepPlan, load_model: "Callable[[], LanguageModel]",
 
 def _has_reference(plan: SweepPlan, layer: int) -> bool:
     cache = ActivationCache(plan.cache_root / plan.cache_key.folder_name, plan.cached)
-    return reference_path(cache, layer, plan.config.training).exists()
+    return plan.storage.fetch(reference_path(cache, layer, plan.config.training))
 
 
 def _first_validation_sequences(plan: SweepPlan, read_corpus: CorpusReader) -> Int[Tensor, "batch context"]:
     count = min(CACHE_CHECK_SEQUENCES, plan.validation_sequences)
     if plan.cached.missing_sequences([TOKENS], {"train": 0, "validation": count}) > 0:
         return read_corpus(*plan.sequences_in_shards).validation[:count].long()
-    cache = ActivationCache.open(plan.cache_root / plan.cache_key.folder_name)
+    cache = ActivationCache.open(plan.cache_root / plan.cache_key.folder_name, plan.stored_cache.copies)
     return cache.tokens("validation", range(count))

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.ledger_file import SqliteFile
 from orchestrator.ledger_tables import Unreadable
+from orchestrator.storage.shared import Storage
 from qkmodel.errors import InputError
 
 MENDED = "once that is mended the same command continues"
@@ -33,9 +34,10 @@ class ServerAway(OSError):
 
 
 class Place(Protocol):
-    """Where a ledger is kept. `folder` is the sweep's, to which the paths of dictionaries are relative."""
+    """Where a ledger is kept. `folder` is the sweep's in `storage`, to which the paths of dictionaries are relative."""
 
     folder: Path
+    storage: Storage
 
     @property
     def where(self) -> str:
@@ -144,8 +146,18 @@ class LedgerConnection:
         """The sweep's folder, to which the paths of dictionaries are relative."""
         return self._place.folder
 
+    @property
+    def storage(self) -> Storage:
+        """Where that folder is."""
+        return self._place.storage
+
     def require_folder(self) -> None:
-        """Raises InputError on a machine that reads the ledger and does not have the sweep's folder."""
+        """Raises InputError on a machine that reads the ledger and does not have the sweep's folder.
+
+        Of a bucket's any machine makes itself a working copy.
+        """
+        if self.storage.url is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: is not on this machine; run this where the sweep's folder is")
 

@@ -10,6 +10,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 
 from orchestrator.ledger_tables import LEDGER_FORMAT, Table, refuse_other_format
+from orchestrator.storage.shared import SHARED, Storage
 from qkmodel.errors import InputError
 
 LEDGER_FILE = "ledger.sqlite"
@@ -24,6 +25,7 @@ class SqliteFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path.parent
+        self.storage: Storage = SHARED
 
     @property
     def where(self) -> str:

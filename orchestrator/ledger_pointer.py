@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Self
 
 from orchestrator.ledger_tables import LEDGER_FORMAT, refuse_other_format
+from orchestrator.storage.shared import SHARED, Storage, StorageGivesOut
 from qkmodel.errors import InputError
-from qkmodel.files import create_atomically, write_atomically
+from qkmodel.files import create_atomically
 
 POINTER_FILE = "ledger.json"
 
@@ -21,15 +22,18 @@ class LedgerPointer:
     identity: str
 
     @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """None where the folder has none. Raises InputError when it cannot be read."""
+    def read(cls, folder: Path, storage: Storage = SHARED) -> Self | None:
+        """None where the folder, in `storage`, has none. Raises InputError when it cannot be read."""
         path = folder / POINTER_FILE
         try:
-            found = json.loads(path.read_text())
+            content = storage.read(path)
+            if content is None:
+                return None
+            found = json.loads(content)
             values = [found[name] for name in ("address", "schema", "identity")]
             version = found["format"]
-        except FileNotFoundError:
-            return None
+        except StorageGivesOut:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: does not say where the ledger is ({error}); put a copy of it there") from error
         refuse_other_format(str(path), version)
@@ -44,8 +48,8 @@ class LedgerPointer:
     def remove(self, folder: Path) -> None:
         (folder / POINTER_FILE).unlink(missing_ok=True)
 
-    def replace(self, folder: Path) -> None:
-        write_atomically(folder / POINTER_FILE, self._text)
+    def replace(self, folder: Path, storage: Storage = SHARED) -> None:
+        storage.write(folder / POINTER_FILE, self._text)
 
     @property
     def _text(self) -> bytes:

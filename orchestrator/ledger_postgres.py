@@ -16,6 +16,7 @@ from sqlalchemy.schema import CreateSchema
 
 from orchestrator.ledger_pointer import LedgerPointer
 from orchestrator.ledger_tables import LEDGER_FORMAT, Table, refuse_other_format
+from orchestrator.storage.shared import SHARED, Storage
 from qkmodel.errors import InputError
 
 _LONGEST_NAME = 40
@@ -57,16 +58,23 @@ def schema_name(sweep: str) -> str:
 class SweepSchema:
     """The ledger of the sweep in `folder`, in the database at `address`.
 
-    `pointer` is what the folder says of its ledger, None where it says nothing. Who is `reading` may have no such
-    folder; for a driver a ledger that the folder does not know is that of a namesake in another folder.
+    `pointer` is what the folder, in `storage`, says of its ledger, None where it says nothing. Who is `reading` may
+    have no such folder; for a driver a ledger that the folder does not know is that of a namesake in another folder.
     """
 
     insert = staticmethod(insert)
 
     def __init__(
-        self, address: str, schema: str, folder: Path, pointer: LedgerPointer | None, reading: bool = False
+        self,
+        address: str,
+        schema: str,
+        folder: Path,
+        pointer: LedgerPointer | None,
+        reading: bool = False,
+        storage: Storage = SHARED,
     ) -> None:
         self.folder = folder
+        self.storage = storage
         self._address = address
         self._schema = schema
         self._pointer = pointer
@@ -98,9 +106,10 @@ class SweepSchema:
             if self._pointer is None:
                 pointer.remove(self.folder)
             raise
-        if pointer.address != self._address:
-            # the database has moved, or this machine has another name for its server
-            LedgerPointer(self._address, self._schema, pointer.identity).replace(self.folder)
+        if self.storage.url is not None or pointer.address != self._address:
+            # what was read in a bucket may be what is to be written there; or the database has moved, or this machine
+            # has another name for its server
+            LedgerPointer(self._address, self._schema, pointer.identity).replace(self.folder, self.storage)
         return engine
 
     def open_if_there(self) -> Engine | None:

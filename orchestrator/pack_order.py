@@ -1,7 +1,7 @@
 """What the driver asks of a worker: one pack, and what the worker answers at every report."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from qkmodel.tasks import Task, TaskHyperparameters
 
 # How the error of a training begins whose numbers ran away: trying it again would give the same.
 DIVERGED = "its numbers ran away"
+DICTIONARIES_FOLDER = "dictionaries"
 
 
 class MemberOrder(Schema):
@@ -23,9 +24,12 @@ class MemberOrder(Schema):
 
 
 class CopiesOrder(Schema):
-    """Where a node keeps copies of what it reads of the activation cache, and how much of it."""
+    """Where a node keeps copies of what it reads of the activation cache, and how much of it.
 
-    folder: Path
+    Without a folder they are below the user's cache folder there.
+    """
+
+    folder: Path | None
     max_bytes: int
 
 
@@ -38,8 +42,15 @@ class SourceOrder(Schema):
     calibration_sequences: int
 
 
+class BucketOrder(Schema):
+    """The bucket that a sweep is kept in, and its working copy on the driver's machine."""
+
+    url: str
+    root: Path
+
+
 class PackOrder(Schema):
-    """Everything a worker needs to train a pack; paths are absolute.
+    """Everything a worker needs to train a pack; paths are absolute, of a bucket's sweep those on the driver's machine.
 
     All members have done `steps_done` steps: 0 for new trainings, else what their checkpoints hold. The pack ends when
     they have done `last_step`, which is the training's last or that of a rung; where that is `steps_done` it only
@@ -55,6 +66,7 @@ class PackOrder(Schema):
     last_step: int = Field(ge=0)
     device: Literal["cpu", "cuda"]
     threads: int = Field(ge=1)
+    bucket: BucketOrder | None = None
     sweep_folder: Path
     cache_folder: Path
     copies: CopiesOrder | None = None
@@ -65,6 +77,24 @@ class PackOrder(Schema):
     corpus_identity: CorpusIdentity
     training: TrainingConfig
     seed: int
+
+    def rebased(self, root: Path) -> Self:
+        """The same order with its paths in the working copy at `root`, that of another machine."""
+
+        def moved(path: Path | None) -> Path | None:
+            is_inside = path is not None and path.is_relative_to(self.bucket.root)
+            return root / path.relative_to(self.bucket.root) if is_inside else path
+
+        if self.bucket is None:
+            return self
+        members = tuple(one.model_copy(update={"checkpoint": moved(one.checkpoint)}) for one in self.members)
+        sources = {
+            name: one.model_copy(update={"folder": moved(one.folder), "candidates": moved(one.candidates)})
+            for name, one in self.sources.items()
+        }
+        paths = {name: moved(getattr(self, name)) for name in ("sweep_folder", "cache_folder", "reference_file")}
+        bucket = self.bucket.model_copy(update={"root": root})
+        return self.model_copy(update={**paths, "bucket": bucket, "members": members, "sources": sources})
 
 
 class MemberReport(Schema):
@@ -89,4 +119,4 @@ def dictionary_path(start: int, training_id: str) -> Path:
 
     With the number, so that a worker of a dead driver cannot write into one that the ledger already records.
     """
-    return Path("dictionaries") / f"{training_id}-{start:04d}"
+    return Path(DICTIONARIES_FOLDER) / f"{training_id}-{start:04d}"

@@ -83,7 +83,7 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
     """
     os.environ |= _ENVIRONMENT
     resources = plan.config.resources.pack
-    stopping = Stopping(queue, plan.folder, start)
+    stopping = Stopping(queue, plan.folder, start, plan.storage)
     searcher = PackSearcher(queue, Capacity(resources), plan.folder, _Watch(stopping))
     with stopping.on_signals(), _scratch(plan.folder / SCRATCH_FOLDER) as scratch, connected_ray():
         tuner = tune.Tuner(

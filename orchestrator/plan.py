@@ -10,6 +10,7 @@ from orchestrator.identity import study_id, study_identity
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_place import place_of
 from orchestrator.opening_token import AUTO, measurement_file, opening_token
+from orchestrator.pack_order import DICTIONARIES_FOLDER
 from orchestrator.pack_size import automatic_pack_size, check_memory, memory_of_masks, memory_of_pack
 from orchestrator.plan_checks import (
     check_cluster,
@@ -29,7 +30,10 @@ from orchestrator.plan_figures import (
 )
 from orchestrator.search.halving import Halving
 from orchestrator.source_dictionaries import SourceDictionary, source_dictionaries
+from orchestrator.storage.opened import open_storage
+from orchestrator.storage.shared import Storage
 from orchestrator.storage_check import CACHE_FOLDER, check_storage
+from orchestrator.stored_cache import StoredCache
 from orchestrator.study_changes import change_lines
 from orchestrator.study_plan import StudyPlan, make_study_plan, share_budget
 from qkmodel.activation_request import CacheRequest, missing_work, request_bytes
@@ -67,6 +71,16 @@ class SweepPlan:
     @property
     def folder(self) -> Path:
         return sweep_folder(self.config)
+
+    @property
+    def storage(self) -> Storage:
+        """Where that folder is."""
+        return open_storage(self.config.storage)
+
+    @property
+    def stored_cache(self) -> StoredCache:
+        """The activation cache in the storage."""
+        return StoredCache(self.cache_root / self.cache_key.folder_name, self.storage)
 
     @property
     def cache_root(self) -> Path:
@@ -260,7 +274,7 @@ def make_plan(
     for resources that this machine does not have.
     """
     if here:
-        check_storage(config.name, storage_folder(config))
+        check_storage(config.name, config.storage)
     model = describe_model(config.model)
     check_model(config, model)
     if here:
@@ -274,11 +288,17 @@ def make_plan(
         _refuse_other_task(config, ledger)
     latest = ledger.attempt() if ledger is not None else None
     attempt = 0 if latest is None else latest + int(fresh)
-    bos = opening_token(config, measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus))
+    measured = measurement_file(storage_folder(config) / CACHE_FOLDER, config, model, corpus)
+    storage = open_storage(config.storage)
+    if config.corpus.bos == AUTO:
+        storage.fetch(measured)
+    bos = opening_token(config, measured)
     if bos == AUTO:
         bos = measured_bos
     sources = source_dictionaries(config, model, storage_folder(config) / CACHE_FOLDER)
     studies = []
+    # asked once for all trainings
+    in_bucket = storage.listing(sweep_folder(config) / DICTIONARIES_FOLDER) if storage.url is not None else None
     for layer in config.layers:
         identity = study_identity(
             task=config.task,
@@ -296,7 +316,7 @@ def make_plan(
         )
         identifier = study_id(identity)
         trainings = ledger.trainings(identifier) if ledger is not None else []
-        studies.append(make_study_plan(config, identifier, layer, identity, trainings, sources[layer]))
+        studies.append(make_study_plan(config, identifier, layer, identity, trainings, sources[layer], in_bucket))
     if config.search.layer_allocation == "by_progress":
         studies = share_budget(config, studies)
     tokens_spent, changes = 0, []
@@ -307,6 +327,7 @@ def make_plan(
     plan = SweepPlan(
         config, model, corpus, bos, tuple(studies), attempt, fresh, tokens_spent, changes, cluster_packs, here
     )
+    plan.stored_cache.refresh()
     if plan.trainings_left and here:
         check_memory(config, plan.pack_size, plan.pack_bytes)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:

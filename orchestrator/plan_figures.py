@@ -9,6 +9,7 @@ from orchestrator.search.config import resolve_halving
 from orchestrator.search.halving import Halving
 from orchestrator.search.samplers import resolve_auto
 from orchestrator.search.space import Alternative
+from orchestrator.storage.opened import local_root
 
 
 def sampler_for(config: SweepConfig, space: Sequence[Alternative]) -> str:
@@ -59,5 +60,5 @@ def sweep_folder(config: SweepConfig) -> Path:
 
 
 def storage_folder(config: SweepConfig) -> Path:
-    """Where sweep folders, activation caches and MLflow's default store live."""
-    return Path(config.storage).expanduser().absolute()
+    """Where sweep folders, activation caches and MLflow's default store lie on this machine."""
+    return local_root(config.storage)

@@ -1,17 +1,20 @@
 """What must be on disk before the first pack: the activation cache, the layers' references, and masks' candidates."""
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.late_checks import CheckedPlan, cache_threads
 from orchestrator.pack_order import SourceOrder
 from orchestrator.plan import SweepPlan
-from orchestrator.source_dictionaries import SourceDictionary
+from orchestrator.plan_figures import storage_folder
+from orchestrator.source_dictionaries import SOURCES_FOLDER, SourceDictionary
+from orchestrator.storage.shared import Storage
 from orchestrator.tables import counted
 from qkmodel.activation_build import build_activation_cache
 from qkmodel.activations import ActivationCache
-from qkmodel.dictionary import Dictionary, load_dictionary, save_dictionary
+from qkmodel.dictionary import CONFIG_FILE, Dictionary, find_damage, load_dictionary, save_dictionary
 from qkmodel.errors import InputError
 from qkmodel.pair_mask.candidates import candidates_path, find_candidates, read_candidates
 from qkmodel.progress import TokenProgress
@@ -42,6 +45,8 @@ def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable
     plan, training, request = checked.plan, checked.plan.config.training, checked.request
     if request.streamed_sequences > 0:
         say("activations.max_bytes is less than all activations take: packs compute those they train on as they go")
+    plan.stored_cache.fetch(request)
+    stored = plan.stored_cache
     activations = build_activation_cache(
         plan.cache_root,
         plan.cache_key,
@@ -53,13 +58,16 @@ def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable
         model_loader=checked.load_model,
         corpus_loader=checked.read_corpus,
         progress=progress,
+        recorded=stored.send_now_and_then,
     )
-    references = {}
+    stored.send()
+    references, files = {}, {}
     for layer in plan.config.layers:
-        if not reference_path(activations, layer, training).exists():
+        files[layer] = reference_path(activations, layer, training)
+        if not plan.storage.fetch(files[layer]):
             say(f"layer {layer}: measuring its baselines")
         _, references[layer] = ensure_reference(activations, layer, training, checked.load_model)
-    files = {layer: reference_path(activations, layer, training) for layer in plan.config.layers}
+        plan.storage.send_changed(files[layer])
     sources = {source.name: _source(plan, source, activations, say, progress) for source in plan.sources}
     return Preparation(activations, request.streamed_sequences > 0, references, files, sources)
 
@@ -73,9 +81,11 @@ def _source(
 ) -> SourceOrder:
     """A dictionary and its candidates on disk; what is there from before is kept."""
     masks = plan.config.pair_mask
-    dictionary = _open_source(source)
+    source = _in_storage(plan, source)
+    dictionary = _open_source(source, plan.storage)
     most = source.candidates(masks.candidates)
     path = candidates_path(cache.folder / "candidates", source.sha256, masks.calibration_sequences, most)
+    plan.storage.fetch(path)
     if not _is_whole(path):
         say(f"dictionary {source.name}: looking for the {counted(most, 'pair')} that matter most")
         find_candidates(
@@ -89,6 +99,7 @@ def _source(
             cache_threads(plan.config),
             progress,
         )
+        plan.storage.send(path)
     return SourceOrder(
         folder=source.folder,
         sha256=source.sha256,
@@ -97,8 +108,21 @@ def _source(
     )
 
 
-def _open_source(source: SourceDictionary) -> Dictionary:
+def _in_storage(plan: SweepPlan, source: SourceDictionary) -> SourceDictionary:
+    """The dictionary where packs find it, on whatever node: in a bucket a copy, where it is not in that already."""
+    root = storage_folder(plan.config)
+    if plan.storage.url is None or source.folder.is_relative_to(root):
+        return source
+    folder = plan.cache_root / SOURCES_FOLDER / source.sha256
+    if find_damage(folder, source.sha256) is not None:
+        shutil.copytree(source.folder, folder, dirs_exist_ok=True)
+    plan.storage.send(folder, last=CONFIG_FILE)
+    return replace(source, folder=folder)
+
+
+def _open_source(source: SourceDictionary, storage: Storage) -> Dictionary:
     """The dictionary, whole: a damaged one would fail every training. Raises InputError."""
+    storage.fetch(source.folder)
     try:
         return load_dictionary(source.folder, source.sha256)
     except InputError:
@@ -106,6 +130,7 @@ def _open_source(source: SourceDictionary) -> Dictionary:
             raise
         one = source.fetched
         save_dictionary(source.folder, one.transcoder, one.attention, one.config)
+        storage.send(source.folder, last=CONFIG_FILE)
         return load_dictionary(source.folder, source.sha256)
 
 

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
@@ -19,6 +19,8 @@ from orchestrator.config import PackResources
 from orchestrator.plan_checks import AUTOSCALING, RAY_ADDRESS, machine_cpus, machine_gpus
 from orchestrator.plan_figures import packs_at_once
 from orchestrator.process_end import end_process
+from orchestrator.storage.shared import SHARED, Storage
+from orchestrator.storage_check import check_bucket
 from qkmodel.errors import InputError
 
 CAPACITY_SECONDS = 1.0
@@ -59,17 +61,21 @@ def connected_ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def ask_cluster(storage: Path, pack: PackResources) -> int | None:
+def ask_cluster(folder: Path, pack: PackResources, storage: Storage = SHARED) -> int | None:
     """How many packs the cluster at `RAY_ADDRESS` holds at once, or may grow to; None where there is no cluster.
 
-    Refuses one that lets nobody in, or whose nodes do not share `storage`: raises InputError. Leaves nothing behind.
+    Refuses one that lets nobody in, or whose nodes do not share `folder`, or cannot write to the bucket that `storage`
+    is: raises InputError. Leaves nothing behind.
     """
     if not os.environ.get(RAY_ADDRESS):
         return None
     with connected_ray():
-        there = next(parent for parent in (storage, *storage.parents) if parent.is_dir())
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".shared-") as marker:
-            _check_nodes(storage, Path(marker.name))
+        if storage.url is not None:
+            _check_nodes(_bucket_looks_wrong, storage.url, storage.url)
+        else:
+            there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+            with tempfile.NamedTemporaryFile(dir=there, prefix=".shared-") as marker:
+                _check_nodes(_folder_looks_wrong, marker.name, str(folder))
         packs = max(packs_may_come(), Capacity(pack).held())
     if packs == 0:
         gpus = f" and {pack.gpu:g} GPUs" if pack.gpu else ""
@@ -77,16 +83,16 @@ def ask_cluster(storage: Path, pack: PackResources) -> int | None:
     return packs
 
 
-def _check_nodes(storage: Path, marker: Path) -> None:
-    """Has every node that packs may land on look for `marker`, and write beside it."""
+def _check_nodes(looks_wrong: Callable[[str], str | None], place: str, shown: str) -> None:
+    """Has every node that packs may land on look at a place, which people know as `shown`."""
     nodes = {
         node["NodeID"]: node["NodeManagerAddress"]
         for node in ray.nodes()
         if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
     }
-    look = ray.remote(num_cpus=0, max_retries=0)(_looks_wrong)
+    look = ray.remote(num_cpus=0, max_retries=0)(looks_wrong)
     asked = {
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(marker)): address
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(place): address
         for node, address in nodes.items()
     }
     ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS) if asked else ([], [])
@@ -103,11 +109,20 @@ def _check_nodes(storage: Path, marker: Path) -> None:
             ) from error
         if wrong is not None:
             raise InputError(
-                f"storage: {storage}: on node {asked[one]} {wrong}; give a folder that all nodes share and can write"
+                f"storage: {shown}: on node {asked[one]} {wrong}; all nodes have to share it and be able to write"
             )
 
 
-def _looks_wrong(marker: str) -> str | None:
+def _bucket_looks_wrong(url: str) -> str | None:
+    """What a node finds wrong with a bucket."""
+    try:
+        check_bucket(url)
+    except InputError as error:
+        return f"it does not do ({error})"
+    return None
+
+
+def _folder_looks_wrong(marker: str) -> str | None:
     """What a node finds wrong with the folder of a file that another made."""
     path = Path(marker)
     if not path.exists():

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from orchestrator.config import SweepConfig
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_place import place_in
+from orchestrator.ledger_place import named_places, shown_storage
 from orchestrator.pareto import front_trainings
 from orchestrator.plan_figures import storage_folder
+from orchestrator.storage.address import is_bucket
+from orchestrator.trained_dictionary import dictionary_folder
 from qkmodel.dictionary import (
     CONFIG_FILE,
     Dictionary,
@@ -80,13 +82,14 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
     if reference.startswith("models:"):
         yield _registered(config, reference, cache_root)
         return
-    folder = user_path(_KEY, reference).absolute()
-    if (folder / CONFIG_FILE).is_file():
-        found, sha256 = read_dictionary_config(folder)
-        yield SourceDictionary(folder, sha256, found)
-        return
-    for sweep in (folder, storage_folder(config) / reference):
-        ledger = Ledger.open_if_there(place_in(sweep))
+    if not is_bucket(reference):
+        folder = user_path(_KEY, reference).absolute()
+        if (folder / CONFIG_FILE).is_file():
+            found, sha256 = read_dictionary_config(folder)
+            yield SourceDictionary(folder, sha256, found)
+            return
+    for place in named_places(_KEY, reference, config):
+        ledger = Ledger.open_if_there(place)
         if ledger is not None:
             try:
                 yield from _fronts(ledger, reference, config.layers)
@@ -95,7 +98,7 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
             return
     raise InputError(
         f"{_KEY}: {reference}: is neither a dictionary's folder nor a sweep; give the folder of one, the name of a "
-        f"sweep in {storage_folder(config)}, or models:/NAME@ALIAS"
+        f"sweep in {shown_storage(config)}, or models:/NAME@ALIAS"
     )
 
 
@@ -120,7 +123,7 @@ def _fronts(ledger: Ledger, reference: str, layers: tuple[int, ...]) -> Iterator
         if not study.is_current or study.layer not in layers or study.task != "transcoder":
             continue
         for training in front_trainings(ledger.trainings(study.study_id)):
-            folder = ledger.folder / training.dictionary
+            folder = dictionary_folder(ledger, training)
             loss = find_loss(folder, training.dictionary_sha256)
             if loss is not None:
                 raise InputError(f"{_KEY}: {reference}: {loss}; start that sweep again, which trains it anew")

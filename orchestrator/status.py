@@ -150,7 +150,7 @@ def status_record(ledger: Ledger) -> dict[str, Any]:
     current = [status for status in statuses if status.study.is_current]
     return {
         "sweep": ledger.sweep().name,
-        "folder": str(ledger.folder),
+        "folder": ledger.storage.shown(ledger.folder),
         "trainings": {state: sum(status.counts[state] for status in current) for state in STATES},
         "tokens_done": sum(status.tokens_done for status in current),
         "tokens_planned": sum(status.tokens_planned for status in current),
@@ -201,7 +201,7 @@ def front_member(ledger: Ledger, training: Training) -> dict[str, Any]:
     return {
         "training_id": training.training_id,
         **{name: training.metrics.get(name) for name in shown},
-        "dictionary": str(ledger.folder / training.dictionary) if training.dictionary else None,
+        "dictionary": ledger.storage.shown(ledger.folder / training.dictionary) if training.dictionary else None,
         "dictionary_sha256": training.dictionary_sha256,
         "hyperparameters": training.hyperparameters,
     }

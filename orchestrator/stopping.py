@@ -11,6 +11,7 @@ from types import FrameType
 from orchestrator.pack_queue import PackQueue
 from orchestrator.permit import ask_to_stop
 from orchestrator.process_end import INTERRUPTED, end_process
+from orchestrator.storage.shared import SHARED, Storage
 
 # Schedulers send SIGKILL after 10 s or more. What packs have not written by then costs one checkpoint interval.
 GRACE_SECONDS = 7.0
@@ -23,8 +24,9 @@ SAME_SIGNAL_SECONDS = 1.0
 class Stopping:
     """Whether the packs were asked to end, and why: a signal, or a budget that is used up."""
 
-    def __init__(self, queue: PackQueue, sweep_folder: Path, start: int) -> None:
+    def __init__(self, queue: PackQueue, sweep_folder: Path, start: int, storage: Storage = SHARED) -> None:
         self._queue = queue
+        self._storage = storage
         self._folder = sweep_folder
         self._start = start
         self.signal: int | None = None
@@ -80,4 +82,4 @@ class Stopping:
 
     def _stop(self) -> None:
         self._queue.stopping = True
-        ask_to_stop(self._folder, self._start)
+        ask_to_stop(self._folder, self._start, self._storage)

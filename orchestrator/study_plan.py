@@ -1,19 +1,20 @@
 """What a sweep file asks for in one study, beyond what the ledger holds of it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config import SweepConfig
 from orchestrator.identity import training_id
 from orchestrator.ledger import Training
+from orchestrator.lost_dictionaries import find_losses
 from orchestrator.pack_order import DIVERGED
-from orchestrator.plan_figures import halving_of, sampler_for, sweep_folder, tokens_per_training
+from orchestrator.plan_figures import halving_of, sampler_for, tokens_per_training
 from orchestrator.search.space import Alternative, canonical, contains, enumerate_space, grid, grid_size
 from orchestrator.source_dictionaries import SourceDictionary
 from orchestrator.warm_start import front_of_earlier_sweep
-from qkmodel.dictionary import find_loss
 from qkmodel.errors import InputError
 
 
@@ -56,8 +57,11 @@ def make_study_plan(
     identity: dict,
     trainings: Sequence[Training],
     sources: tuple[SourceDictionary, ...] = (),
+    in_bucket: Collection[Path] | None = None,
 ) -> StudyPlan:
     """What the file asks for in one study, given the `trainings` that its ledger holds of it.
+
+    `in_bucket` are the files of the sweep's dictionaries where it is kept in a bucket.
 
     Raises InputError for a grid that these many dictionaries make larger than the budget.
     """
@@ -75,12 +79,7 @@ def make_study_plan(
         inside = [one for one in inside if one.training_id in wanted]
         new = len(wanted) - len(inside)
     outside = sum(one.tokens_done for one in trainings) - sum(one.tokens_done for one in inside)
-    losses = {
-        one.training_id: find_loss(sweep_folder(config) / one.dictionary, one.dictionary_sha256)
-        for one in inside
-        if one.state == "finished"
-    }
-    lost = {identifier: loss for identifier, loss in losses.items() if loss is not None}
+    lost = find_losses(config, inside, in_bucket)
     # as the ledger will have them once the sweep is started
     inside = [replace(one, state="open", tokens_done=0) if one.training_id in lost else one for one in inside]
     finished = [one for one in inside if one.state == "finished"]

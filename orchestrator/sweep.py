@@ -20,7 +20,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_connection import Patience
 from orchestrator.ledger_place import is_begun, place_of
 from orchestrator.opening_token import keep_opening_token
-from orchestrator.pack_order import CopiesOrder, PackOrder
+from orchestrator.pack_order import BucketOrder, CopiesOrder, PackOrder
 from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork, history
 from orchestrator.packs_on_ray import train_packs
 from orchestrator.pareto import MAX_L0_SHARE
@@ -29,6 +29,7 @@ from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.plan_figures import steps_per_training, storage_folder, tokens_per_step
 from orchestrator.preparation import Preparation, prepare
 from orchestrator.ray_connection import ask_cluster
+from orchestrator.report import REPORT_FILE
 from orchestrator.search.space import extremes
 from orchestrator.search.study import StudySearch
 from orchestrator.start_facts import machine_facts, plan_facts
@@ -38,7 +39,6 @@ from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import end_status
 from orchestrator.tracking_thread import TrackingThread
 from orchestrator.versions import GIT_DIFF_FILE, git_diff, git_sha, package_versions
-from qkmodel.configs import ActivationsConfig
 from qkmodel.dictionary import CorpusIdentity, ModelIdentity
 from qkmodel.errors import InputError
 from qkmodel.files import write_atomically
@@ -90,20 +90,24 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
     """
     begun = time.monotonic()
     with contextlib.ExitStack() as held:
-        was_there = plan.folder.is_dir()
+        # a bucket's sweep may have been begun on another machine
+        was_there = plan.storage.url is not None or plan.folder.is_dir()
         if was_there:
+            plan.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_driver(plan.folder))
             # the process before this one may have ended just now
             plan = make_plan(plan.config, fresh=plan.fresh)
+            plan.storage.fetch(plan.folder / REPORT_FILE)
         if plan.lost_line is not None:
             view.say(plan.lost_line)
-        packs = ask_cluster(plan.folder, plan.config.resources.pack)
+        packs = ask_cluster(plan.folder, plan.config.resources.pack, plan.storage)
         checked = check_plan(replace(plan, cluster_packs=packs), view.say)
         # only now is it known which token opens sequences
         for line in checked.plan.change_lines:
             view.say(line)
         if checked.measured is not None:
             keep_opening_token(checked.measured, checked.plan.bos_file)
+            plan.storage.send(checked.plan.bos_file)
         prepared = prepare(checked, view.say, view.token_progress) if checked.plan.trainings_left else None
         plan = checked.plan
         # it holds the model and the text, which would take memory while packs train
@@ -115,8 +119,9 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
                 raise InputError(f"name: another process began the sweep in {plan.folder} just now; start it again")
         if with_git_diff:
             write_atomically(plan.folder / GIT_DIFF_FILE, git_diff().encode())
+            plan.storage.send(plan.folder / GIT_DIFF_FILE)
         else:
-            (plan.folder / GIT_DIFF_FILE).unlink(missing_ok=True)
+            plan.storage.remove(plan.folder / GIT_DIFF_FILE)
         return _run_prepared(plan, prepared, view, time.monotonic() - begun)
 
 
@@ -138,7 +143,7 @@ def _run_leased(
 ) -> SweepOutcome:
     config, start = plan.config, lease.start
     # from here on workers of an earlier start write nothing
-    grant(plan.folder, start)
+    grant(plan.folder, start, plan.storage)
     facts = {"machine": machine_facts(), "plan": plan_facts(plan)}
     ledger.open_sweep(config.name, config.public_dict(), git_sha(), package_versions(), plan.attempt, facts)
     for study in plan.studies:
@@ -162,7 +167,7 @@ def _run_leased(
         if prepared is not None:
             _record_references(plan, prepared, ledger)
             works = [_study_work(plan, study, prepared, ledger, start) for study in plan.studies]
-            queue = PackQueue(ledger, works, Checkpoints(plan.folder), _queue_settings(plan), budget)
+            queue = PackQueue(ledger, works, Checkpoints(plan.folder, plan.storage), _queue_settings(plan), budget)
             view.training_started(plan, ledger)
             budget_line = train_packs(plan, queue, start)
         is_interrupted = False
@@ -232,9 +237,10 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
         start=start,
         device=plan.device,
         threads=max(1, int(config.resources.pack.cpu)),
+        bucket=_bucket_order(plan),
         sweep_folder=plan.folder,
         cache_folder=prepared.cache.folder,
-        copies=_copies(config.activations),
+        copies=_copies(plan),
         streamed=prepared.streamed,
         reference_file=prepared.reference_files[study.layer],
         sources={source.name: prepared.sources[source.name] for source in study.sources},
@@ -259,10 +265,18 @@ def _study_work(plan: SweepPlan, study: StudyPlan, prepared: Preparation, ledger
     )
 
 
-def _copies(activations: ActivationsConfig) -> CopiesOrder | None:
-    if activations.node_folder is None:
+def _bucket_order(plan: SweepPlan) -> BucketOrder | None:
+    if plan.storage.url is None:
         return None
-    return CopiesOrder(folder=Path(activations.node_folder), max_bytes=activations.node_max_bytes)
+    return BucketOrder(url=plan.storage.url, root=storage_folder(plan.config))
+
+
+def _copies(plan: SweepPlan) -> CopiesOrder | None:
+    wanted = plan.config.activations
+    if wanted.node_folder is None and plan.storage.url is None:
+        return None
+    folder = Path(wanted.node_folder) if wanted.node_folder is not None else None
+    return CopiesOrder(folder=folder, max_bytes=wanted.node_max_bytes)
 
 
 def _machine(plan: SweepPlan, prepared: Preparation) -> dict[str, int | str]:

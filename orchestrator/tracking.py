@@ -88,7 +88,9 @@ class Tracker:
         if lost:
             (training, damage), others = lost[0], f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
             folder = self._ledger.folder / training.dictionary
-            raise TrackingUnavailable(f"{training.label}{others}: {damage}; {way_to_train_anew(folder)}")
+            raise TrackingUnavailable(
+                f"{training.label}{others}: {damage}; {way_to_train_anew(folder, self._ledger.storage)}"
+            )
 
     def _connect(self) -> MlflowClient:
         """Find or create the experiment and the parent run, and find the children there are."""

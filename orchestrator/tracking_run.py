@@ -15,6 +15,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import HEAD_PREFIXES, Study, Training
 from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_there, status_mark
 from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable, no_server
+from orchestrator.trained_dictionary import dictionary_folder
 from qkmodel.dictionary import find_damage
 
 # what MLflow's client raises where a store is away, refuses, or is none
@@ -110,7 +111,7 @@ class TrainingRun:
         mark = f"{training.dictionary} {training.dictionary_sha256}"
         if self._notes.get("dictionary") == mark:
             return None
-        path = self._ledger.folder / training.dictionary
+        path = dictionary_folder(self._ledger, training)
         damage = find_damage(path, training.dictionary_sha256)
         if damage is None:
             self._client.log_artifacts(self._run_id, path, "dictionary")

@@ -14,15 +14,16 @@ from ray import tune
 
 from orchestrator.checkpoints import checkpoint_path, drop_older
 from orchestrator.objectives import OBJECTIVES
+from orchestrator.pack_files import PackFiles
 from orchestrator.pack_order import DIVERGED, MemberReport, PackOrder, dictionary_path
 from orchestrator.packs.inputs import Pack, PackInputs
 from orchestrator.packs.pair_mask import MaskPack
 from orchestrator.packs.transcoder import TranscoderPack
-from orchestrator.permit import Permit, permit
+from orchestrator.permit import Permit, PermitReader
+from orchestrator.storage.shared import StorageGivesOut
 from qkmodel.activation_stream import StreamedActivations
-from qkmodel.activations import ActivationCache
+from qkmodel.dictionary import CONFIG_FILE
 from qkmodel.errors import InputError
-from qkmodel.node_copies import NodeCopies
 from qkmodel.pack import Checkpointed, PackTrainer, load_checkpoint, save_checkpoint
 from qkmodel.pair_mask.pack import MaskPackTrainer
 from qkmodel.reference import load_reference
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 class PackTrainable(tune.Trainable):
     """One call of `step` trains the pack to its next report, and writes before it answers.
 
-    A member's checkpoint, and at the end its dictionary, are on disk before the driver hears of them, so the
+    A member's checkpoint, and at the end its dictionary, are in the storage before the driver hears of them, so the
     driver can always believe what it hears. Ray's own checkpoints hold nothing. Before every step the pack looks
     whether it may go on; asked to stop, it writes checkpoints and ends within that step.
     """
@@ -49,7 +50,10 @@ class PackTrainable(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._order = PackOrder.model_validate_json(new_config["order"])
+        order = PackOrder.model_validate_json(new_config["order"])
+        self._files = PackFiles.of(order)
+        self._order = self._files.order
+        self._permits = PermitReader(self._order.sweep_folder, order.start, self._files.storage)
         # with the memory that the former pack's steps took
         self._pack: Pack | None = None
         self._trainer: PackTrainer | MaskPackTrainer | None = None
@@ -65,9 +69,7 @@ class PackTrainable(tune.Trainable):
         order = self._order
         # threads take different members, so that no result depends on how many there are
         torch.set_num_threads(1)
-        # `~` is this node's
-        copies = NodeCopies(order.copies.folder.expanduser(), order.copies.max_bytes) if order.copies else None
-        cache = ActivationCache.open(order.cache_folder, copies)
+        cache = self._files.open_cache()
         layer, reference = load_reference(order.reference_file, order.device)
         training = StreamedActivations(cache, self._loaded_model()) if order.streamed else cache
         found = PackInputs(order, cache, training, layer, reference, self._loaded_model)
@@ -77,7 +79,8 @@ class PackTrainable(tune.Trainable):
         self._ids = [member.training_id for member in order.members]
         if order.steps_done > 0:
             for member, ordered in zip(self._trainer.members, order.members, strict=True):
-                steps = load_checkpoint(member, ordered.checkpoint, ordered.training_id)
+                with self._files.storage.borrowed(ordered.checkpoint) as file:
+                    steps = load_checkpoint(member, file, ordered.training_id)
                 if steps != order.steps_done:
                     raise RuntimeError(f"{ordered.checkpoint} is at step {steps}, not {order.steps_done}")
             self._trainer.steps_done = order.steps_done
@@ -105,8 +108,8 @@ class PackTrainable(tune.Trainable):
 
     def _train_and_report(self, started: float) -> dict[str, Any]:
         report_step = self._next_report()
-        self._trainer.train(report_step - self._trainer.steps_done, lambda: self._permit is Permit.GO)
-        if self._permit is Permit.FENCED:
+        self._trainer.train(report_step - self._trainer.steps_done, lambda: self._permits.current() is Permit.GO)
+        if self._permits.now() is Permit.FENCED:
             return {"reports": [], "error": None, "fenced": True, "done": True}
         if self._trainer.steps_done < report_step:
             self._write_checkpoints()
@@ -125,18 +128,23 @@ class PackTrainable(tune.Trainable):
         }
 
     def _storage_error(self, error: Exception) -> str | None:
-        """What is wrong with the disk, where that is no training's fault: full, read-only, or the folder is gone."""
+        """What is wrong with the storage or a disk, where that is no training's fault.
+
+        A bucket that gives out; a disk that is full or read-only; the folder is gone.
+        """
+        if isinstance(error, StorageGivesOut):
+            return f"{error.where}: {error.reason}"
         if not isinstance(error, OSError):
             return None
         folder = self._order.sweep_folder
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return f"{error.filename or folder}: {os.strerror(error.errno)}"
         # unlike is_dir, says no whatever the reason
-        return None if os.path.isdir(folder) else f"{folder}: the folder is gone on {platform.node()}"
-
-    @property
-    def _permit(self) -> Permit:
-        return permit(self._order.sweep_folder, self._order.start)
+        return (
+            None
+            if self._order.bucket or os.path.isdir(folder)
+            else f"{folder}: the folder is gone on {platform.node()}"
+        )
 
     def _next_report(self) -> int:
         """The step after which members report: at every interval, at a rung and at the end."""
@@ -153,7 +161,8 @@ class PackTrainable(tune.Trainable):
         path = checkpoint_path(self._order.sweep_folder, self._order.start, training_id, steps)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(member, path, training_id, steps, progress)
-        drop_older(path)
+        self._files.hand_over(path)
+        drop_older(path, self._files.storage)
 
     def _report(self, index: int, losses: dict[str, float], metrics: dict[str, float | None]) -> MemberReport:
         member, training_id = self._trainer.members[index], self._ids[index]
@@ -170,7 +179,9 @@ class PackTrainable(tune.Trainable):
         if not finished:
             return report
         where = dictionary_path(self._order.start, training_id)
-        sha256 = self._pack.save(index, training_id, figures, self._order.sweep_folder / where)
+        folder = self._order.sweep_folder / where
+        sha256 = self._pack.save(index, training_id, figures, folder)
+        self._files.hand_over(folder, last=CONFIG_FILE)
         return report.model_copy(update={"dictionary": str(where), "dictionary_sha256": sha256})
 
     def _loaded_model(self) -> "LanguageModel":

@@ -1,14 +1,12 @@
 """What an earlier sweep found best, as points for another to try early."""
 
-from pathlib import Path
 from typing import Any
 
 from orchestrator.config import SweepConfig
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_place import place_in
+from orchestrator.ledger_place import named_places, shown_storage
 from orchestrator.pareto import front_trainings
 from qkmodel.errors import InputError
-from qkmodel.files import user_path
 
 
 def front_of_earlier_sweep(config: SweepConfig, layer: int) -> list[dict[str, Any]]:
@@ -19,7 +17,7 @@ def front_of_earlier_sweep(config: SweepConfig, layer: int) -> list[dict[str, An
     """
     if config.search.warm_start is None:
         return []
-    ledger = _open(config.search.warm_start, Path(config.storage).expanduser().absolute())
+    ledger = _open(config.search.warm_start, config)
     studies = [study for study in ledger.studies() if study.task == config.task]
     fronts = [front_trainings(ledger.trainings(study.study_id)) for study in studies]
     ledger.close()
@@ -29,9 +27,11 @@ def front_of_earlier_sweep(config: SweepConfig, layer: int) -> list[dict[str, An
     return [one.hyperparameters for front in same_layer or fronts for one in front]
 
 
-def _open(sweep: str, storage: Path) -> Ledger:
-    for folder in (user_path("search.warm_start", sweep).absolute(), storage / sweep):
-        ledger = Ledger.open_if_there(place_in(folder))
+def _open(sweep: str, config: SweepConfig) -> Ledger:
+    for place in named_places("search.warm_start", sweep, config):
+        ledger = Ledger.open_if_there(place)
         if ledger is not None:
             return ledger
-    raise InputError(f"search.warm_start: {sweep}: no sweep is there; give its folder, or its name in {storage}")
+    raise InputError(
+        f"search.warm_start: {sweep}: no sweep is there; give its folder, or its name in {shown_storage(config)}"
+    )

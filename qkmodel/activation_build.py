@@ -61,6 +61,7 @@ def build_activation_cache(
     model_loader: "Callable[[], LanguageModel]",
     corpus_loader: Callable[[int, int], TokenisedCorpus],
     progress: Callable[[TokenProgress], None] | None = None,
+    recorded: Callable[[], None] = lambda: None,
 ) -> ActivationCache:
     """Make sure that the cache of `key` below `root` holds these sequences of these layers, and open it.
 
@@ -68,7 +69,8 @@ def build_activation_cache(
     What is there is verified by checksum (about 1 s per 1.3 GB and core) and kept, whichever request or
     interrupted build it comes from; what is damaged or missing is built. `corpus_loader(train, validation)`
     returns that many sequences, or all when the corpus has fewer; it is called only for missing tokens, and
-    `model_loader` only for missing activations. A second process that wants the same cache waits.
+    `model_loader` only for missing activations. `recorded` is called whenever the manifest lists more. A second process
+    that wants the same cache waits.
 
     Raises InputError when layers and sequences need more than `max_bytes` or the free disk space, when the
     corpus no longer gives the tokens that are cached, when the model's activations are not finite, and for
@@ -101,7 +103,7 @@ def build_activation_cache(
         if build.lacks_tokens:
             build.add_tokens(corpus)
         if build.missing_activations():
-            build.add_activations(model_loader(), progress)
+            build.add_activations(model_loader(), progress, recorded)
     return ActivationCache.open(build.folder)
 
 
@@ -180,7 +182,9 @@ class _Build:
                     )
         self._record(written)
 
-    def add_activations(self, model: "LanguageModel", progress: Callable[[TokenProgress], None] | None) -> None:
+    def add_activations(
+        self, model: "LanguageModel", progress: Callable[[TokenProgress], None] | None, recorded: Callable[[], None]
+    ) -> None:
         """Run the model over every shard that lacks a layer; a kill loses the shard it was at. Raises InputError."""
         missing = self.missing_activations()
         tokens_total = self._manifest.key.context * sum(shard.sequences for shard in missing)
@@ -200,6 +204,7 @@ class _Build:
                 activations = _attention_inputs(model, tokens, lacking, self._manifest.key, threads, report)
                 paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}
                 self._record({paths[layer]: self._write(paths[layer], activations[layer]) for layer in lacking})
+                recorded()
 
     def _is_intact(self, path: str) -> bool:
         try:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -27,9 +27,6 @@ from torch import Tensor
 
 from qkmodel.errors import InputError
 from qkmodel.schema import Schema
-
-if TYPE_CHECKING:
-    from qkmodel.node_copies import NodeCopies
 
 # Raise it when the layout changes, or when `corpus.tokenise` orders sequences differently.
 FORMAT_VERSION = 1
@@ -147,17 +144,24 @@ class MissingShard:
     parts: tuple[str, ...]
 
 
+class Copies(Protocol):
+    """What reads shards from somewhere else than the cache's folder."""
+
+    def map(self, original: Path, name: str, shard: Shard) -> Tensor:
+        """The tensor of the shard that would lie at `original`; `name` is that of its cache, part and file."""
+
+
 class ActivationCache:
     """A cache open for reading. Rows are copied out of memory-mapped files, which processes on a node share."""
 
-    def __init__(self, folder: Path, manifest: Manifest, copies: "NodeCopies | None" = None):
+    def __init__(self, folder: Path, manifest: Manifest, copies: Copies | None = None):
         self.folder = folder
         self.manifest = manifest
         self._copies = copies
         self._mapped: dict[str, Tensor] = {}
 
     @classmethod
-    def open(cls, folder: Path, copies: "NodeCopies | None" = None) -> Self:
+    def open(cls, folder: Path, copies: Copies | None = None) -> Self:
         """Read the manifest alone; shards are opened as they are needed, from `copies` if they are given.
 
         Checksums are compared where the cache is built, not here. Raises InputError when `folder` is no
@@ -233,18 +237,24 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        version = content["format_version"]
+        return parse_manifest(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); remove the folder to build it anew") from error
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest whose bytes were read at `path`. Raises InputError as `read_manifest`."""
+    try:
+        found = json.loads(content)
+        version = found["format_version"]
         if version != FORMAT_VERSION:
             raise InputError(
                 f"{path}: activation cache of format version {version}, but this program reads version "
                 f"{FORMAT_VERSION}; remove the folder to build it anew"
             )
-        return Manifest.model_validate(content)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); remove the folder to build it anew") from error
+        return Manifest.model_validate(found)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValidationError) as error:
         raise InputError(f"{path}: not an activation cache's manifest; remove the folder to build it anew") from error
 

@@ -2,7 +2,7 @@
 
 On a shared file system every batch would otherwise cross the network. A copy is made when a shard is first read. Where
 that would pass the limit, the parts (a cache's tokens, or a layer of it) used longest ago give way as wholes, but for
-those that a process has open. What cannot be copied (no room, a disk that gives out) is read where it is.
+those that a process has open. What cannot be copied (no room, a disk that gives out) is read where it is, if it can be.
 """
 
 import fcntl
@@ -12,6 +12,7 @@ import os
 import shutil
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -23,12 +24,41 @@ _log = logging.getLogger(__name__)
 LOCK, TOTAL, HELD = "lock", "total", "held"
 
 
+class Originals(Protocol):
+    """Where shards come from."""
+
+    def size(self, original: Path) -> int:
+        """Bytes of a shard. Raises OSError."""
+
+    def copy(self, original: Path, to: Path) -> None:
+        """Makes the file `to`. Raises OSError."""
+
+    def map_uncopied(self, original: Path, reason: str) -> Tensor:
+        """The tensor of a shard that could not be copied, for a reason in words. Raises where it cannot be read."""
+
+
+class SharedOriginals:
+    """Files on a file system that all nodes share."""
+
+    def size(self, original: Path) -> int:
+        return original.stat().st_size
+
+    def copy(self, original: Path, to: Path) -> None:
+        shutil.copyfile(original, to)
+
+    def map_uncopied(self, original: Path, reason: str) -> Tensor:
+        _log.warning("%s; %s is read where it is", reason, original)
+        return map_shard(original)
+
+
 class NodeCopies:
     """The copies below `root`, of at most `max_bytes` together, whichever caches they are of."""
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
+    def __init__(self, root: Path, max_bytes: int, originals: Originals | None = None) -> None:
+        """`originals` is where shards come from: left out, a shared file system."""
         self._root = root
         self._max_bytes = max_bytes
+        self._originals = originals or SharedOriginals()
         # locked, so that nobody deletes what is mapped here
         self._held: dict[Path, TextIOWrapper] = {}
 
@@ -43,12 +73,12 @@ class NodeCopies:
             self._root.mkdir(parents=True, exist_ok=True)
             with exclusive(self._root / LOCK, lambda _: None):
                 self._hold(copy.parent)
-                if not copy.exists() and not self._make(copy, original, shard):
-                    return map_shard(original)
-                return map_shard(copy)
+                lack = None if copy.exists() else self._make(copy, original, shard)
+                if lack is None:
+                    return map_shard(copy)
         except OSError as error:
-            _log.warning("%s: %s; %s is read where it is", self._root, error.strerror, original)
-            return map_shard(original)
+            lack = f"{self._root}: {error.strerror or error}"
+        return self._originals.map_uncopied(original, lack)
 
     def _hold(self, part: Path) -> None:
         if part not in self._held:
@@ -57,15 +87,14 @@ class NodeCopies:
             fcntl.flock(self._held[part], fcntl.LOCK_SH)
             os.utime(part / HELD)
 
-    def _make(self, copy: Path, original: Path, shard: Shard) -> bool:
-        """Whether there was room for it."""
-        size = original.stat().st_size
+    def _make(self, copy: Path, original: Path, shard: Shard) -> str | None:
+        """What there was no room for, in words."""
+        size = self._originals.size(original)
         if not self._make_room(size):
-            _log.warning("%s: no room for %d bytes; %s is read where it is", self._root, size, original)
-            return False
+            return f"{self._root}: no room for {size} bytes"
         partial = copy.with_name(f"{copy.name}{PARTIAL_SUFFIX}")
         try:
-            shutil.copyfile(original, partial)
+            self._originals.copy(original, partial)
             with partial.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard.sha256:
@@ -73,7 +102,7 @@ class NodeCopies:
             os.replace(partial, copy)
         finally:
             partial.unlink(missing_ok=True)
-        return True
+        return None
 
     def _make_room(self, size: int) -> bool:
         """Whether `size` more bytes fit, which then count; parts are deleted where that helps."""

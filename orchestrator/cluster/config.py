@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from orchestrator.addresses import redact_url, require_readable
+from orchestrator.storage.address import check_storage_text
 from orchestrator.validation import explain
 from orchestrator.yaml_file import read_mapping
 from qkmodel.configs import Number, Text, WholeNumber
 from qkmodel.errors import InputError
-from qkmodel.files import user_path
 from qkmodel.schema import Schema
 
 FOLDER = Path("clusters")
@@ -59,10 +59,8 @@ class _Cluster(Schema):
     @field_validator("storage")
     @classmethod
     def _folder(cls, storage: str | None) -> str | None:
-        if storage is not None and "://" in storage:
-            raise ValueError("must be the path of a folder")
         if storage is not None:
-            user_path("storage", storage)
+            check_storage_text(storage)
         return storage
 
     @field_validator("environment", mode="before")

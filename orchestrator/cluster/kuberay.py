@@ -18,6 +18,7 @@ from orchestrator.cluster.job import SWEEP, Job, JobStatus, State, resolved_yaml
 from orchestrator.config import SweepConfig, load_sweep
 from orchestrator.plan_checks import AUTOSCALING
 from orchestrator.plan_figures import packs_at_once
+from orchestrator.storage.address import is_bucket
 from qkmodel.errors import InputError
 
 ANSWER_SECONDS = 12.0
@@ -48,7 +49,7 @@ class KubeRayBackend:
 
     def check(self, config: SweepConfig) -> None:
         mount = self._cluster.mount
-        if not config.storage.startswith(f"{mount}/"):
+        if not is_bucket(config.storage) and not config.storage.startswith(f"{mount}/"):
             raise InputError(
                 f"storage: {config.storage} is not on the shared volume; write a folder below {mount}, in the sweep "
                 "file or in the cluster's"

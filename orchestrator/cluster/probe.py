@@ -5,7 +5,6 @@ python -m orchestrator.cluster.probe STORAGE
 
 import importlib.util
 import sys
-from pathlib import Path
 
 from orchestrator.storage_check import check_storage
 from qkmodel.errors import InputError
@@ -18,6 +17,6 @@ if __name__ == "__main__":
     if missing:
         sys.exit(f"No module named '{missing[0]}'")
     try:
-        check_storage("probe", Path(sys.argv[1]).expanduser())
+        check_storage("probe", sys.argv[1])
     except InputError as error:
         sys.exit(str(error))

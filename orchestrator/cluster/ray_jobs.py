@@ -23,6 +23,7 @@ from orchestrator.cluster.config import RayCluster
 from orchestrator.cluster.job import SWEEP, Job, JobStatus
 from orchestrator.cluster.log_file import HICCUP_SECONDS
 from orchestrator.config import SweepConfig
+from orchestrator.storage.address import is_bucket
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
 
@@ -43,7 +44,7 @@ class RayBackend:
         self._cluster = cluster
 
     def check(self, config: SweepConfig) -> None:
-        if not Path(config.storage).expanduser().is_absolute():
+        if not is_bucket(config.storage) and not Path(config.storage).expanduser().is_absolute():
             raise InputError(
                 f"storage: {config.storage} is relative, and the sweep runs elsewhere; write the absolute path of a "
                 "folder that all nodes share, in the sweep file or in the cluster's"

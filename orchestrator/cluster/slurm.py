@@ -15,7 +15,6 @@ from orchestrator.cluster.job import Job, JobStatus, State
 from orchestrator.cluster.log_file import follow_file
 from orchestrator.config import SweepConfig
 from orchestrator.plan import make_plan
-from orchestrator.plan_figures import storage_folder
 from orchestrator.storage_check import check_storage
 from qkmodel.errors import InputError
 
@@ -46,7 +45,7 @@ class SlurmBackend:
     def check(self, config: SweepConfig) -> None:
         # the nodes have the same environment and folders, but not the same CPUs and GPUs
         make_plan(config, here=False)
-        check_storage(config.name, storage_folder(config))
+        check_storage(config.name, config.storage)
         partitions = _ask("sinfo", "--noheader", "--format=%R").split()
         wanted = self._cluster.partition
         if wanted is not None and wanted not in partitions:

@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger_tables import Study
+from orchestrator.storage.shared import SHARED, Storage
 from orchestrator.storage_check import CACHE_FOLDER
+from orchestrator.stored_cache import StoredCache
 from qkmodel.activations import ActivationCache, layer_part, read_manifest, shard_path
 from qkmodel.dictionary import DictionaryConfig
 from qkmodel.errors import InputError
 
 
-def cache_of_study(storage: Path, study: Study) -> ActivationCache:
-    """The one with the study's validation sequences. Raises InputError when there is none."""
+def cache_of_study(root: Path, study: Study, storage: Storage = SHARED) -> ActivationCache:
+    """The one with the study's validation sequences, of those at `root`. Raises InputError when there is none."""
     identity, corpus = study.identity, study.identity.get("corpus", {})
     wanted = {name: identity.get(name) for name in ("weights_sha256", "tokenizer_sha256", "dtype", "seed")}
     wanted |= {name: corpus.get(name) for name in ("bos", "context", "validation_documents")}
-    return _find(storage, study.layer, wanted | {"corpus_sha256": corpus.get("sha256")})
+    return _find(root, study.layer, wanted | {"corpus_sha256": corpus.get("sha256")}, storage)
 
 
-def cache_of_dictionary(storage: Path, config: DictionaryConfig) -> ActivationCache:
+def cache_of_dictionary(root: Path, config: DictionaryConfig, storage: Storage = SHARED) -> ActivationCache:
     """The one with the validation sequences of the corpus that it was trained on. Raises InputError when none is."""
     corpus = config.corpus
     wanted = {
@@ -31,18 +33,21 @@ def cache_of_dictionary(storage: Path, config: DictionaryConfig) -> ActivationCa
         "validation_documents": corpus.config.validation_documents,
         "seed": config.sweep_seed,
     }
-    return _find(storage, config.model.layer, wanted)
+    return _find(root, config.model.layer, wanted, storage)
 
 
-def _find(storage: Path, layer: int, wanted: Mapping[str, Any]) -> ActivationCache:
+def _find(root: Path, layer: int, wanted: Mapping[str, Any], storage: Storage) -> ActivationCache:
     """Caches are looked through instead of one being named: which element type products have is a machine's choice."""
-    for folder in sorted((storage / CACHE_FOLDER).glob("*/")):
-        # a folder that is no cache, or one of another version, is not the one that is looked for
+    for folder in (root / CACHE_FOLDER / name for name in storage.names(root / CACHE_FOLDER)):
+        # what is no cache, or one of another version, is not the one that is looked for
         with contextlib.suppress(InputError):
+            stored = StoredCache(folder, storage)
+            stored.refresh()
             manifest = read_manifest(folder)
             if manifest is None or shard_path(layer_part(layer), "validation", 0) not in manifest.shards:
                 continue
             key = manifest.key.model_dump()
             if all(key[name] == value for name, value in wanted.items()):
-                return ActivationCache(folder, manifest)
-    raise InputError(f"{storage / CACHE_FOLDER} has no activations of it; start the sweep again to have them built")
+                return ActivationCache(folder, manifest, stored.copies)
+    where = storage.shown(root / CACHE_FOLDER)
+    raise InputError(f"{where} has no activations of it; start the sweep again to have them built")

@@ -11,6 +11,7 @@ from torch import Tensor
 from orchestrator.ledger_tables import Study, Training
 from orchestrator.report.corpus_cache import cache_of_study
 from orchestrator.report.token_texts import TokenTexts
+from orchestrator.storage.shared import SHARED, Storage
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import Dictionary, load_dictionary
 from qkmodel.feature_activity import FeatureActivity, feature_activity
@@ -44,14 +45,22 @@ class DictionaryFacts:
     sentences: list[Sentence]
 
 
-def examine(sweep_folder: Path, study: Study, training: Training, studies: int, texts: TokenTexts) -> DictionaryFacts:
+def examine(
+    sweep_folder: Path,
+    study: Study,
+    training: Training,
+    studies: int,
+    texts: TokenTexts,
+    storage: Storage = SHARED,
+) -> DictionaryFacts:
     """Loads a finished training's dictionary by the ledger's hash and runs it over the study's cached sequences.
 
     `studies` share the room for patterns in the page. Raises InputError when the dictionary or the activations are
     gone or damaged.
     """
+    storage.fetch(sweep_folder / training.dictionary)
     dictionary = load_dictionary(sweep_folder / training.dictionary, training.dictionary_sha256)
-    cache = cache_of_study(sweep_folder.parent, study)
+    cache = cache_of_study(sweep_folder.parent, study, storage)
     geometry = dictionary.config.geometry
     sequences = range(min(SENTENCES, dictionary.config.training.validation_sequences))
     shown = min(cache.context, tokens_that_fit(geometry.n_heads, studies))

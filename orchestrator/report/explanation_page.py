@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orchestrator.explanation import TokenTexts
 from orchestrator.report.corpus_cache import cache_of_dictionary
+from orchestrator.storage.opened import local_root, open_storage
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import Dictionary
 from qkmodel.errors import InputError
@@ -52,12 +53,15 @@ def write_explanation(
     found: HeadExplanation,
     tokens: Sequence[str],
     texts: TokenTexts,
-    storage: Path,
+    storage: str,
 ) -> list[str]:
-    """Writes the page, to a place that `require_place` took; returns what it leaves out, in lines."""
+    """Writes the page, to a place that `require_place` took; returns what it leaves out, in lines.
+
+    `storage` is a folder or the address of a bucket, as in a sweep file.
+    """
     pairs, left_out = _largest_pairs(found), []
     try:
-        cache = cache_of_dictionary(storage, dictionary.config)
+        cache = cache_of_dictionary(local_root(storage), dictionary.config, open_storage(storage))
         contexts = _contexts(dictionary, cache, list(pairs), texts)
     except InputError as error:
         contexts = {pair: [] for pair in pairs}

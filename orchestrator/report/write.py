@@ -8,6 +8,7 @@ from orchestrator.report.dictionary_facts import DictionaryFacts, examine
 from orchestrator.report.page import ReportContent, render_page
 from orchestrator.report.sweep_facts import StudyFacts, SweepFacts, gather_sweep
 from orchestrator.report.token_texts import TokenTexts
+from orchestrator.storage.shared import SHARED, Storage
 from qkmodel.errors import InputError
 from qkmodel.files import require_place, write_atomically
 
@@ -24,17 +25,20 @@ def write_report(ledger: Ledger, output: Path | None = None, training_id: str | 
             "what one of them keeps"
         )
     path = ledger.folder / REPORT_FILE if output is None else output
+    ledger.require_folder()
     require_place("--output", path)
-    content = gather_report(gather_sweep(ledger, training_id), ledger.folder)
+    content = gather_report(gather_sweep(ledger, training_id), ledger.folder, ledger.storage)
     write_atomically(path, render_page(content).encode())
+    if output is None:
+        ledger.storage.send(path)
     return path, content.left_out
 
 
-def gather_report(facts: SweepFacts, sweep_folder: Path) -> ReportContent:
+def gather_report(facts: SweepFacts, sweep_folder: Path, storage: Storage = SHARED) -> ReportContent:
     """Adds what only dictionaries and activations tell; what cannot be had is left out with a line."""
     texts, dictionaries, left_out = TokenTexts(), {}, []
     for study in facts.studies:
-        found = _examined(study, sweep_folder, len(facts.studies), texts)
+        found = _examined(study, sweep_folder, len(facts.studies), texts, storage)
         if isinstance(found, DictionaryFacts):
             dictionaries[study.status.study.study_id] = found
         else:
@@ -46,7 +50,9 @@ def gather_report(facts: SweepFacts, sweep_folder: Path) -> ReportContent:
     return ReportContent(facts, dictionaries, left_out)
 
 
-def _examined(study: StudyFacts, sweep_folder: Path, studies: int, texts: TokenTexts) -> DictionaryFacts | str:
+def _examined(
+    study: StudyFacts, sweep_folder: Path, studies: int, texts: TokenTexts, storage: Storage
+) -> DictionaryFacts | str:
     """What the study's dictionary does, or why that is left out."""
     if not study.finished:
         return "no training has finished yet; its front and everything after it are left out"
@@ -56,6 +62,6 @@ def _examined(study: StudyFacts, sweep_folder: Path, studies: int, texts: TokenT
             "(--training ID shows those of one outside)"
         )
     try:
-        return examine(sweep_folder, study.status.study, study.chosen, studies, texts)
+        return examine(sweep_folder, study.status.study, study.chosen, studies, texts, storage)
     except InputError as error:
         return f"features and sentences of {study.chosen.label} are left out: {error}"

@@ -178,7 +178,7 @@ BROKEN_VALUES = {
         ["tracking", "sqlite:///FILE.db"],
     ),
     "tracking in no file": ("name: good", "name: good\ntracking: sqlite://a.db", ["tracking", "sqlite:///FILE.db"]),
-    "object store": ("name: good", "name: good\nstorage: s3://bucket", ["storage", '"s3://bucket"', "folder"]),
+    "other store": ("name: good", "name: good\nstorage: ftp://bucket", ["storage", "folder", "s3://BUCKET/PREFIX"]),
     "line break in a name": ("name: sotu", 'name: "so\\ntu"', ["corpus.name", '"so\\ntu"', "line breaks"]),
 }
 

@@ -1,4 +1,4 @@
-"""What a sweep may have beside it, on this machine: a Ray cluster of several nodes, an MLflow server, PostgreSQL."""
+"""What a sweep may have beside it, on this machine: a Ray cluster, an MLflow server, PostgreSQL, an object store."""
 
 import contextlib
 import getpass
@@ -14,10 +14,11 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import psutil
 import pytest
+from pyarrow import fs
 
 READY_SECONDS = 90
 
@@ -72,9 +73,10 @@ class RayCluster:
         for _ in range(nodes):
             self.add_node()
 
-    def add_node(self, before: Sequence[str] = ()) -> None:
-        """`before` is the beginning of the command that starts the node."""
-        self.nodes.append(self._start(f"--address={self.address}", "--num-cpus=1", before=before))
+    def add_node(self, before: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+        """`before` is the beginning of the command that starts the node, `environment` what it has of its own."""
+        address = f"--address={self.address}"
+        self.nodes.append(self._start(address, "--num-cpus=1", before=before, environment=environment))
 
     def kill_node(self, index: int) -> None:
         """As if the machine had lost its power."""
@@ -98,14 +100,16 @@ class RayCluster:
             kill_session(one)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def _start(
+        self, *arguments: str, before: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Waited for: two nodes that start at once on one machine take each other's ports."""
         options = ("--block", "--disable-usage-stats", "--object-store-memory=80000000")
         # jobs are handed to an agent, and clusters of one machine would take each other's port
         options += (f"--dashboard-agent-listen-port={free_port()}",)
         log = self.folder / f"node-{len(list(self.folder.glob('node-*')))}"
         command = [*before, Path(sys.executable).with_name("ray"), "start", *arguments, *options]
-        return start_ray(command, log, self._environment)
+        return start_ray(command, log, self._environment | (environment or {}))
 
 
 def start_ray(command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -195,6 +199,63 @@ def _wait_for_mlflow(address: str) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+class S3Server:
+    """An object store that speaks S3 (moto's, in memory), with a bucket `sweeps`. It takes any credentials."""
+
+    BUCKET = "sweeps"
+    # of nobody
+    CREDENTIALS: ClassVar = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "nothing secret"}
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.port = free_port()
+        self.endpoint = f"127.0.0.1:{self.port}"
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        self._process = subprocess.Popen(
+            command, env=os.environ | (environment or {}), start_new_session=True, **silent
+        )
+        self._wait()
+        self.files().create_dir(self.BUCKET)
+
+    def url(self, prefix: str) -> str:
+        """As a sweep file names it."""
+        return f"s3://{self.BUCKET}/{prefix}?endpoint_override={self.endpoint}&region=us-east-1&scheme=http"
+
+    def files(self) -> fs.S3FileSystem:
+        return fs.S3FileSystem(
+            access_key="tests",
+            secret_key="nothing secret",
+            endpoint_override=self.endpoint,
+            scheme="http",
+            region="us-east-1",
+            allow_bucket_creation=True,
+        )
+
+    def names(self, prefix: str) -> set[str]:
+        """Of all objects below a prefix, without it."""
+        start = f"{self.BUCKET}/{prefix}"
+        found = self.files().get_file_info(fs.FileSelector(start, recursive=True, allow_not_found=True))
+        return {one.path[len(start) + 1 :] for one in found if one.is_file}
+
+    def read(self, name: str) -> bytes:
+        with self.files().open_input_stream(f"{self.BUCKET}/{name}") as stream:
+            return stream.read()
+
+    def close(self) -> None:
+        kill_session(self._process)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
 
 class PostgresServer:

@@ -68,7 +68,7 @@ def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("backend: local\nenvironment: {MLFLOW_TRACKING_URI: 'http://u:123456@h'}\n", "looks like a secret"),
         ("backend: slurm\noptions: [--array=1-4]\n", "--array=1-4 is what the job's script says itself"),
         ("backend: kuberay\nimage: x\nvolume_claim: y\nworkers: {least: 5, most: 2}\n", "least 5 is more than most 2"),
-        ("backend: local\nstorage: s3://bucket/runs\n", 'storage: "s3://bucket/runs" must be the path of a folder'),
+        ("backend: local\nstorage: ftp://bucket/runs\n", "storage: must be the path of a folder, or s3://"),
         ("backend: local\nenvironment: {A B: x}\n", "A B is no name of an environment variable"),
         ("backend: kuberay\nimage: x\n", "volume_claim: is missing"),
         ("backend: kuberay\nimage: x\nvolume_claim: y\nworkers: {memory: 3 gigs}\n", "workers.memory"),

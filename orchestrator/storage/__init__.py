@@ -1,0 +1,1 @@
+"""Where sweeps are kept: a folder that all machines see, or a bucket of an object store."""
