@@ -101,6 +101,8 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
                 verbose=0,
                 # one recovery path: the queue's, from the ledger and our own checkpoints
                 failure_config=tune.FailureConfig(max_failures=0),
+                # of ours, which hold nothing, and which nodes that do not have `scratch` could not keep
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[_EveryStep(searcher)],
             ),
         )
