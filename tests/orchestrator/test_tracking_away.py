@@ -1,5 +1,6 @@
 """What a sweep does about an MLflow that is not there, is slow, or answers nonsense."""
 
+import http.client
 import socket
 import socketserver
 import threading
@@ -43,10 +44,10 @@ def test_a_dead_server_is_said_quickly_in_one_line_without_the_password(storage:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", "it answers 500"),
+        (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "it answers 500"),
         (b"", "it closes connections"),
         (None, "it takes too long to answer"),
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "it answers 404"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "it answers 404"),
         (
             b"HTTP/1.1 302 Found\r\nLocation: /again\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
             "it sends from one address to another",
@@ -108,13 +109,15 @@ def test_a_server_that_asks_for_a_password_is_said_with_what_to_set(
 def failing_server(answer: bytes | None) -> Iterator[str]:
     """The address of a server that gives one answer to everything, nothing at all with None."""
 
-    class Failing(socketserver.BaseRequestHandler):
+    class Failing(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            self.request.recv(65536)
+            # all of it: closing on what is unread resets the connection, and the answer is lost with it
+            headers = http.client.parse_headers(self.rfile) if self.rfile.readline() else {}
+            self.rfile.read(int(headers.get("Content-Length", 0)))
             if answer is None:
                 ended.wait()
             else:
-                self.request.sendall(answer)
+                self.wfile.write(answer)
 
     ended = threading.Event()
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Failing) as server:
