@@ -1,5 +1,6 @@
 """What MLflow holds after results, files or MLflow itself have changed behind its back, and what is owed then."""
 
+import math
 import os
 import re
 import subprocess
@@ -193,7 +194,11 @@ def test_a_front_a_page_or_a_tag_that_did_not_arrive_is_owed(storage: Path, ledg
     assert owed(ledger) == Owed(0, 0, anything=True)
     tracker.deliver("FINISHED")
     assert owed(ledger) == Owed(0, 0, anything=False)
-    assert "pareto" not in runs(storage)[1]["one"].data.tags
+    parent, children = runs(storage)
+    assert "pareto" not in children["one"].data.tags
+    assert [row["id"] for row in front_table(storage, parent)] == ["two"]
+    # of the second alone, up to (128, 2); MLflow keeps what it was before
+    assert pytest.approx(4 * math.log2(2.0 / 0.2)) in [v for _, v in history(storage, parent, "hypervolume_L08")]
 
 
 def test_what_another_store_held_is_no_longer_taken_for_delivered(storage: Path, ledger: Ledger) -> None:
