@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from typer.exceptions import TyperException
 
 from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
@@ -74,7 +75,7 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(record)
         return
-    console.print(f"[bold]sweep {record['sweep']}[/bold] in {record['folder']}")
+    console.print(Text.assemble((f"sweep {record['sweep']}", "bold"), f" in {record['folder']}"), soft_wrap=True)
     console.print(state_table(study_statuses(ledger)))
     for failure in record["failures"]:
         console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
@@ -353,7 +354,8 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         _say_error(str(error))
         raise typer.Exit(1) from error
     if outcome.trained == 0 and outcome.stopped == 0 and outcome.failed == 0 and outcome.budget_line is None:
-        messages.print(f"nothing left to do: sweep {config.name} has everything that {file} asks for")
+        done = f"nothing left to do: sweep {config.name} has everything that {file} asks for"
+        messages.print(done, markup=False, soft_wrap=True)
     if as_json:
         print_json(fronts_record(outcome.ledger))
     else:

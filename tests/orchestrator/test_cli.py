@@ -208,6 +208,14 @@ def test_tables_for_people(swept: Path) -> None:
     assert "layer 4: front of 0 finished trainings: nothing inside the feasible box" in fronts.stdout
 
 
+def test_status_shows_a_folder_as_it_is_called(swept: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs [old]" / "[" / "red]"
+    shutil.copytree(swept / "runs" / "small", folder)
+    status = orchestrate("status", str(folder), cwd=tmp_path)
+    assert (status.returncode, status.stderr) == (0, "")
+    assert status.stdout.startswith(f"sweep small in {folder}\n")
+
+
 @pytest.mark.parametrize("command", ["status", "fronts"])
 def test_an_unknown_sweep_is_answered_with_one_line(tmp_path: Path, command: str) -> None:
     ran = orchestrate(command, "nowhere", cwd=tmp_path)
