@@ -362,9 +362,8 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         _print_fronts(outcome.ledger)
     if outcome.tracking_error is not None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
-        # the ledger keeps no password, the file no overrides
-        where = str(file if HIDDEN in redact_url(config.tracking or "") else outcome.ledger.folder)
-        messages.print(f"once it is there: orchestrate track {shlex.quote(where)}", markup=False, soft_wrap=True)
+        what = _way_to_track(config, file, shlex.quote(str(outcome.ledger.folder)))
+        messages.print(f"once it is there: {what}", markup=False, soft_wrap=True)
     folder = shlex.quote(str(outcome.ledger.folder))
     messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
     if outcome.stopped:
@@ -377,6 +376,23 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         raise typer.Exit(1)
 
 
+def _way_to_track(config: SweepConfig, file: Path, folder: str) -> str:
+    if HIDDEN not in redact_url(config.tracking or ""):
+        return f"orchestrate track {folder}"
+    # the ledger keeps no password
+    return f"orchestrate track {shlex.quote(str(file))}" if _is_told_by(file, config) else "start the sweep again"
+
+
+def _is_told_by(file: Path, config: SweepConfig) -> bool:
+    """Whether a sweep's file says without overrides where the sweep and its MLflow are."""
+    try:
+        alone = load_sweep(file)
+    except InputError:
+        # overrides made up for what it lacks
+        return False
+    return (alone.name, alone.storage, alone.tracking) == (config.name, config.storage, config.tracking)
+
+
 def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
     """The MLflow server, or the command that opens the UI."""
     shown = redact_url(config.tracking or "")
@@ -384,8 +400,7 @@ def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
         return f"MLflow at {shown}"
     if HIDDEN not in shown:
         return f"the MLflow UI: orchestrate ui {folder}"
-    # the ledger keeps no password
-    if load_sweep(file).tracking == config.tracking:
+    if _is_told_by(file, config):
         return f"the MLflow UI: orchestrate ui {shlex.quote(str(file))}"
     return f"the MLflow store {shown}"
 

@@ -401,6 +401,9 @@ def test_tracking_address(tracking: str | None, address: str, has_root: bool) ->
         "http://a..b",
         "http://:5000",
         "https://me:pw@host:99999",
+        "http://me:20/24@host:5000",
+        "postgresql://me:20/24@host/x",
+        "http://me:20#24@host",
         "sqlite://[x/y.db",
     ],
 )
