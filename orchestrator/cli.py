@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from typer.exceptions import TyperException
 
 from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
@@ -74,7 +75,7 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(record)
         return
-    console.print(f"[bold]sweep {record['sweep']}[/bold] in {record['folder']}")
+    console.print(Text.assemble((f"sweep {record['sweep']}", "bold"), f" in {record['folder']}"), soft_wrap=True)
     console.print(state_table(study_statuses(ledger)))
     for failure in record["failures"]:
         console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
@@ -353,16 +354,16 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         _say_error(str(error))
         raise typer.Exit(1) from error
     if outcome.trained == 0 and outcome.stopped == 0 and outcome.failed == 0 and outcome.budget_line is None:
-        messages.print(f"nothing left to do: sweep {config.name} has everything that {file} asks for")
+        done = f"nothing left to do: sweep {config.name} has everything that {file} asks for"
+        messages.print(done, markup=False, soft_wrap=True)
     if as_json:
         print_json(fronts_record(outcome.ledger))
     else:
         _print_fronts(outcome.ledger)
     if outcome.tracking_error is not None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
-        # the ledger keeps no password, the file no overrides
-        where = str(file if HIDDEN in redact_url(config.tracking or "") else outcome.ledger.folder)
-        messages.print(f"once it is there: orchestrate track {shlex.quote(where)}", markup=False, soft_wrap=True)
+        what = _way_to_track(config, file, shlex.quote(str(outcome.ledger.folder)))
+        messages.print(f"once it is there: {what}", markup=False, soft_wrap=True)
     folder = shlex.quote(str(outcome.ledger.folder))
     messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
     if outcome.stopped:
@@ -375,6 +376,23 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         raise typer.Exit(1)
 
 
+def _way_to_track(config: SweepConfig, file: Path, folder: str) -> str:
+    if HIDDEN not in redact_url(config.tracking or ""):
+        return f"orchestrate track {folder}"
+    # the ledger keeps no password
+    return f"orchestrate track {shlex.quote(str(file))}" if _is_told_by(file, config) else "start the sweep again"
+
+
+def _is_told_by(file: Path, config: SweepConfig) -> bool:
+    """Whether a sweep's file says without overrides where the sweep and its MLflow are."""
+    try:
+        alone = load_sweep(file)
+    except InputError:
+        # overrides made up for what it lacks
+        return False
+    return (alone.name, alone.storage, alone.tracking) == (config.name, config.storage, config.tracking)
+
+
 def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
     """The MLflow server, or the command that opens the UI."""
     shown = redact_url(config.tracking or "")
@@ -382,8 +400,7 @@ def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
         return f"MLflow at {shown}"
     if HIDDEN not in shown:
         return f"the MLflow UI: orchestrate ui {folder}"
-    # the ledger keeps no password
-    if load_sweep(file).tracking == config.tracking:
+    if _is_told_by(file, config):
         return f"the MLflow UI: orchestrate ui {shlex.quote(str(file))}"
     return f"the MLflow store {shown}"
 

@@ -1,12 +1,12 @@
 """One training as an MLflow run: params, metric points, state, and the dictionary of a member of a front."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from google.protobuf.json_format import ParseError
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -131,6 +131,21 @@ class TrainingRun:
         # an earlier delivery may have got this far
         if name in self._client.get_run(self._run_id).data.tags:
             self._client.delete_tag(self._run_id, name)
+
+
+def correct_notes(ledger: Ledger, run: Run, notes: Mapping[str, str]) -> None:
+    """Has the ledger note which tags a training's run has, where `notes` say something else.
+
+    A delivery may have been cut off between a tag and its note, and what was noted of a store is forgotten while a
+    sweep is tracked elsewhere: a tag that nobody knows of would never be taken away.
+    """
+    tags, run_id = run.data.tags, run.info.run_id
+    is_member = "true" if "pareto" in tags else "false"
+    if notes.get("pareto", "false") != is_member:
+        ledger.note_delivered(run_id, "pareto", is_member)
+    for tag, state in (("error", "failed"), (SHA256_TAG, "finished")):
+        if tag in tags and not notes.get(STATUS, "").startswith(RUN_STATUS[state]):
+            ledger.note_delivered(run_id, STATUS, RUN_STATUS[state])
 
 
 def find_or_create_experiment(client: MlflowClient, sweep: str, artifact_root: str | None) -> str:
