@@ -24,12 +24,12 @@ from orchestrator.report import REPORT_FILE
 from orchestrator.tracking_fronts import FrontArtifacts
 from orchestrator.tracking_notes import COMPLETE, TRAINING, EndStatus, complete_mark, file_mark, has_run
 from orchestrator.tracking_run import (
-    STORE_ERRORS,
     TrainingRun,
     correct_notes,
     find_or_create_experiment,
     milliseconds,
     named,
+    store_errors,
 )
 from orchestrator.tracking_store import (
     LOCK_FILE,
@@ -83,7 +83,7 @@ class Tracker:
         try:
             client = client or self._connect()
             lost = self._deliver(client, ended)
-        except STORE_ERRORS as error:
+        except store_errors() as error:
             raise unavailable(self._uri, error) from error
         self._client = client
         if lost:

@@ -1,5 +1,6 @@
 """One training as an MLflow run: params, metric points, state, and the dictionary of a member of a front."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,11 +18,25 @@ from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_t
 from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable, no_server
 from qkmodel.dictionary import find_damage
 
-# what MLflow's client raises where a store is away, refuses, or is none
-STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError, ParseError)
+# of clients of object stores, which MLflow's client imports where artifacts lie there
+_OBJECT_STORE_ERRORS = (
+    ("boto3.exceptions", "Boto3Error"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("google.api_core.exceptions", "GoogleAPIError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+)
 # MLflow's own limits for one batch
 MAX_METRICS, MAX_PARAMS = 1000, 100
 MAX_PARAM_CHARACTERS = 6000
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow's client raises where a store is away, refuses, or is none. To be asked once it has raised."""
+    loaded = [(sys.modules.get(module), name) for module, name in _OBJECT_STORE_ERRORS]
+    others = [getattr(module, name) for module, name in loaded if module is not None]
+    return (MlflowException, SQLAlchemyError, OSError, ImportError, ParseError, *others)
 
 
 class TrainingRun:

@@ -26,7 +26,7 @@ from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable
 from orchestrator.tracking_thread import TrackingThread
 from tests.orchestrator.dictionaries import make_sweep
-from tests.orchestrator.tracking_world import start
+from tests.orchestrator.tracking_world import client_of, finish, start
 from tests.system.services import MlflowServer
 
 DEAD_ADDRESS = "http://user:hunter2@127.0.0.1:9"
@@ -241,3 +241,18 @@ class SlowProxy:
     def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def test_an_object_store_that_lets_nobody_in_is_said_in_one_line(
+    storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(storage / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client_of(storage).create_experiment("l1", artifact_location="s3://bucket/artifacts")
+    start(ledger, "one")
+    finish(ledger, "one", l0=8, kl=0.2)
+    with pytest.raises(TrackingUnavailable, match="credentials"):
+        Tracker(None, storage, ledger).deliver()
