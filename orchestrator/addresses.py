@@ -49,7 +49,9 @@ def require_readable(address: str) -> None:
         parts = urlsplit(address)
         # brackets, ports and names that Python does not take
         _, host = parts.port, (parts.hostname or "").encode("idna")
-        is_readable = bool(host) or parts.scheme not in ("http", "https")
+        has_host = bool(host) or parts.scheme not in ("http", "https")
+        # where a password begins with digits and a /, they are taken for a port and the rest for a path
+        is_readable = has_host and (not parts.netloc or "@" in parts.netloc or "@" not in address)
     except ValueError:
         is_readable = False
     if not is_readable:
@@ -72,8 +74,10 @@ def require_ledger_address(address: object) -> None:
             "ledger: is no address of a PostgreSQL database; write postgresql://HOST/DATABASE, with USER@ before HOST, "
             "or null for a file in the sweep's folder"
         )
+    # as in `require_readable`
+    is_cut = "@" in url.database
     secrets = [name for name in url.query if _SECRET_PARAMETER.match(f"?{name}=") and name not in _SECRET_FILES]
-    if url.password is not None or secrets:
+    if url.password is not None or secrets or is_cut:
         raise InputError(
             "ledger: has a password in it, which would lie in files; take it out and set PGPASSWORD, or write it to "
             "~/.pgpass"

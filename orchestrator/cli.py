@@ -1,7 +1,6 @@
 """The commands of `orchestrate`: parse, call, print."""
 
 import logging
-import os
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from typer.exceptions import TyperException
 
 from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
@@ -16,16 +16,11 @@ from orchestrator.cli_output import JsonOption, console, messages, naming, print
 from orchestrator.cluster.cli import cluster_commands
 from orchestrator.config import SweepConfig, load_sweep, one_line
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_connection import Place
-from orchestrator.ledger_place import place_in, place_of
-from orchestrator.report import REPORT_FILE
 from orchestrator.status import fronts_record, status_record, study_statuses
-from orchestrator.storage.address import check_storage_text, is_bucket
-from orchestrator.storage.opened import local_root, open_in_bucket
-from orchestrator.storage_check import check_bucket
+from orchestrator.storage.address import check_storage_text
+from orchestrator.sweep_argument import open_ledger, shown_folder, tracking_of
 from orchestrator.tables import counted, front_table, state_table
-from orchestrator.tracking_store import STORE_FILE, TrackingUnavailable
-from orchestrator.versions import GIT_DIFF_FILE
+from orchestrator.tracking_store import TrackingUnavailable
 from qkmodel.errors import InputError
 from qkmodel.files import require_place, user_path
 
@@ -75,12 +70,12 @@ def sweep(
 @app.command()
 def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     """How far a sweep is: trainings by state, tokens done and planned, failures and their reasons."""
-    ledger = _open_ledger(sweep)
+    ledger = open_ledger(sweep)
     record = status_record(ledger)
     if as_json:
         print_json(record)
         return
-    console.print(f"[bold]sweep {record['sweep']}[/bold] in {record['folder']}")
+    console.print(Text.assemble((f"sweep {record['sweep']}", "bold"), f" in {record['folder']}"), soft_wrap=True)
     console.print(state_table(study_statuses(ledger)))
     for failure in record["failures"]:
         console.print(f"failed: {failure['training_id']} (layer {failure['layer']}): {failure['error']}", markup=False)
@@ -94,7 +89,7 @@ def status(sweep: SweepArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def fronts(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     """The Pareto front of each layer: lowest KL for each sparsity, with the dictionary of each point."""
-    ledger = _open_ledger(sweep)
+    ledger = open_ledger(sweep)
     if as_json:
         print_json(fronts_record(ledger))
     else:
@@ -113,9 +108,9 @@ def choose(
     """Register one dictionary of each front in MLflow's registry, and print the Python that loads it."""
     from orchestrator.choice import apply_rule, parse_rule
 
-    parsed, ledger = parse_rule(rule), _open_ledger(sweep)
+    parsed, ledger = parse_rule(rule), open_ledger(sweep)
     choices = apply_rule(study_statuses(ledger), parsed, layer)
-    tracking, storage = _tracking_of(sweep)
+    tracking, storage = tracking_of(sweep)
     from orchestrator.registry import chosen_record, register
 
     registered = register(tracking, storage, ledger, choices)
@@ -145,7 +140,7 @@ def export(
     if rule is not None and training is not None:
         raise InputError("--rule and --training exclude each other; give one")
     parsed = parse_rule(f"training={training}" if training is not None else rule or "knee")
-    ledger = _open_ledger(sweep)
+    ledger = open_ledger(sweep)
     choices = apply_rule(study_statuses(ledger), parsed, layer)
     if len(choices) > 1:
         layers = ", ".join(str(choice.training.layer) for choice in choices)
@@ -229,7 +224,7 @@ def ui(
         if sweep is None:
             raise InputError("--dashboard: shows one sweep's studies; give it: orchestrate ui SWEEP --dashboard")
         require_free(port + 1)
-        commands.append(dashboard_command(export_studies(_open_ledger(sweep)), port + 1))
+        commands.append(dashboard_command(export_studies(open_ledger(sweep)), port + 1))
         announced.append(f"optuna-dashboard: http://127.0.0.1:{port + 1}")
     # nothing is said to be there before all that may be refused was looked at
     for line in announced:
@@ -243,7 +238,7 @@ def track(sweep: SweepArgument) -> None:
     """Deliver to MLflow what it does not have of a sweep: for one whose server was away."""
     from orchestrator.late_delivery import deliver_late
 
-    ledger, (tracking, storage) = _open_ledger(sweep), _tracking_of(sweep)
+    ledger, (tracking, storage) = open_ledger(sweep), tracking_of(sweep)
     address = deliver_late(ledger, tracking, storage)
     messages.print(f"MLflow at {address} has everything", markup=False, soft_wrap=True)
 
@@ -269,7 +264,7 @@ def simulate(
 
     chosen = load_policy(policy)
     path = Path(ledger)
-    opened = Ledger.open_existing(path) if path.is_file() and path.suffix == ".sqlite" else _open_ledger(ledger)
+    opened = Ledger.open_existing(path) if path.is_file() and path.suffix == ".sqlite" else open_ledger(ledger)
     recorded = read_recorded_sweep(opened)
     curves = [replay(recorded, chosen.model_copy(update={"seed": chosen.seed + number})) for number in range(seeds)]
     record = curves_record(recorded, curves)
@@ -295,7 +290,7 @@ def report(
     """Write a sweep as one HTML page, which MLflow gets too: fronts, costs, trainings, heads, features, attention."""
     from orchestrator.report.write import write_report
 
-    ledger = _open_ledger(sweep)
+    ledger = open_ledger(sweep)
     place = user_path("--output", str(output)) if output is not None else None
     path, left_out = write_report(ledger, place, training)
     for line in left_out:
@@ -311,7 +306,7 @@ def _deliver_report(sweep: str, ledger: Ledger) -> None:
     from orchestrator.tracking_store import TrackingUnavailable
 
     try:
-        deliver_late(ledger, *_tracking_of(sweep))
+        deliver_late(ledger, *tracking_of(sweep))
     except (InputError, TrackingUnavailable) as error:
         # it is written all the same, and a driver at work delivers it
         messages.print(f"MLflow does not have it yet: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -361,17 +356,17 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         _say_error(str(error))
         raise typer.Exit(1) from error
     if outcome.trained == 0 and outcome.stopped == 0 and outcome.failed == 0 and outcome.budget_line is None:
-        messages.print(f"nothing left to do: sweep {config.name} has everything that {file} asks for")
+        done = f"nothing left to do: sweep {config.name} has everything that {file} asks for"
+        messages.print(done, markup=False, soft_wrap=True)
     if as_json:
         print_json(fronts_record(outcome.ledger))
     else:
         _print_fronts(outcome.ledger)
     if outcome.tracking_error is not None:
         messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
-        # the ledger keeps no password, the file no overrides
-        where = str(file) if HIDDEN in redact_url(config.tracking or "") else _shown_folder(outcome.ledger)
-        messages.print(f"once it is there: orchestrate track {shlex.quote(where)}", markup=False, soft_wrap=True)
-    folder = shlex.quote(_shown_folder(outcome.ledger))
+        what = _way_to_track(config, file, shlex.quote(shown_folder(outcome.ledger)))
+        messages.print(f"once it is there: {what}", markup=False, soft_wrap=True)
+    folder = shlex.quote(shown_folder(outcome.ledger))
     messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
     if outcome.stopped:
         messages.print(f"{counted(outcome.stopped, 'training')} stopped at rungs", markup=False)
@@ -383,6 +378,23 @@ def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: 
         raise typer.Exit(1)
 
 
+def _way_to_track(config: SweepConfig, file: Path, folder: str) -> str:
+    if HIDDEN not in redact_url(config.tracking or ""):
+        return f"orchestrate track {folder}"
+    # the ledger keeps no password
+    return f"orchestrate track {shlex.quote(str(file))}" if _is_told_by(file, config) else "start the sweep again"
+
+
+def _is_told_by(file: Path, config: SweepConfig) -> bool:
+    """Whether a sweep's file says without overrides where the sweep and its MLflow are."""
+    try:
+        alone = load_sweep(file)
+    except InputError:
+        # overrides made up for what it lacks
+        return False
+    return (alone.name, alone.storage, alone.tracking) == (config.name, config.storage, config.tracking)
+
+
 def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
     """The MLflow server, or the command that opens the UI."""
     shown = redact_url(config.tracking or "")
@@ -390,8 +402,7 @@ def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
         return f"MLflow at {shown}"
     if HIDDEN not in shown:
         return f"the MLflow UI: orchestrate ui {folder}"
-    # the ledger keeps no password
-    if load_sweep(file).tracking == config.tracking:
+    if _is_told_by(file, config):
         return f"the MLflow UI: orchestrate ui {shlex.quote(str(file))}"
     return f"the MLflow store {shown}"
 
@@ -399,55 +410,6 @@ def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
 def _print_fronts(ledger: Ledger) -> None:
     for status in study_statuses(ledger):
         console.print(front_table(status))
-
-
-def _open_ledger(sweep: str) -> Ledger:
-    place = _place(sweep)
-    if place.storage.url is not None:
-        for name in (GIT_DIFF_FILE, REPORT_FILE):
-            # by which is told what MLflow lacks
-            place.storage.fetch(place.folder / name)
-    return Ledger.open_existing(place)
-
-
-def _place(sweep: str) -> Place:
-    if is_bucket(sweep):
-        bucket, folder = open_in_bucket(sweep)
-        check_bucket(bucket.url, is_written=False)
-        place = place_in(folder, bucket)
-        if place.storage is not bucket:
-            raise InputError(f"{sweep}: no sweep is there; give the address of a sweep that was started")
-        return place
-    folder, path = _sweep_folder(sweep), user_path("SWEEP", sweep)
-    if not path.is_file():
-        return place_in(folder)
-    # a sweep file knows it on machines, too, that do not have the folder
-    config = load_sweep(path)
-    if is_bucket(config.storage):
-        check_bucket(config.storage, is_written=False)
-    return place_of(config, folder, reading=True)
-
-
-def _shown_folder(ledger: Ledger) -> str:
-    return ledger.storage.shown(ledger.folder)
-
-
-def _sweep_folder(sweep: str) -> Path:
-    """The folder on this machine that a folder, an address in a bucket, a sweep file or a name stands for."""
-    if is_bucket(sweep):
-        return open_in_bucket(sweep)[1]
-    path = user_path("SWEEP", sweep).absolute()
-    if path.is_file():
-        config = load_sweep(path)
-        return local_root(config.storage) / config.name
-    if path.is_dir():
-        return path
-    default = Path("runs").absolute() / sweep
-    if default.is_dir():
-        return default
-    raise InputError(
-        f"{sweep}: no sweep of that name; give a sweep's folder or address, its sweep file, or a name below runs/"
-    )
 
 
 def _print_chosen(record: dict[str, Any], label: str) -> None:
@@ -462,32 +424,11 @@ def _print_chosen(record: dict[str, Any], label: str) -> None:
     console.print(record["python"], markup=False, highlight=False, soft_wrap=True)
 
 
-def _tracking_of(sweep: str) -> tuple[str | None, Path]:
-    """A sweep's `tracking`, whole, and its `storage`."""
-    file = None if is_bucket(sweep) else user_path("SWEEP", sweep)
-    if file is not None and file.is_file():
-        config = load_sweep(file)
-        return config.tracking, local_root(config.storage)
-    tracking = _open_ledger(sweep).sweep().config["tracking"]
-    if tracking is not None and HIDDEN in tracking:
-        raise InputError(f"{sweep}: the ledger keeps no password; give the sweep file in its place")
-    return tracking, _storage_of(_sweep_folder(sweep))
-
-
-def _storage_of(folder: Path) -> Path:
-    """The storage that a sweep's folder lies in: where MLflow's store is, and else where the folder itself is.
-
-    A link may lie outside the storage, and one in the storage may lead to a folder elsewhere.
-    """
-    named = Path(os.path.abspath(folder)).parent
-    return named if (named / STORE_FILE).is_file() else folder.resolve().parent
-
-
 def _tracking_address(sweep: str | None) -> str:
     """Where MLflow keeps a sweep's runs, or those of every sweep in runs/."""
     from orchestrator.tracking_store import tracking_address
 
-    tracking, storage = (None, Path("runs")) if sweep is None else _tracking_of(sweep)
+    tracking, storage = (None, Path("runs")) if sweep is None else tracking_of(sweep)
     address, _ = tracking_address(tracking, storage)
     file = sqlite_file(address)
     if file is not None and not file.is_file():

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ def print_plan(config: SweepConfig, as_json: bool, fresh: bool, here: bool = Tru
     from orchestrator.late_checks import check_plan
     from orchestrator.plan_tables import estimate_lines, estimate_record, plan_table
 
-    checked = check_plan(plan, messages.print, stream=False)
+    checked = check_plan(plan, partial(messages.print, markup=False, highlight=False, soft_wrap=True), stream=False)
     plan, estimated = checked.plan, estimate(checked)
     if as_json:
         print_json(estimate_record(plan, estimated))

@@ -26,7 +26,7 @@ from orchestrator.choice import Choice
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_tables import Study, SweepRecord, Training, without_heads
 from orchestrator.status import front_member
-from orchestrator.tracking_run import STORE_ERRORS, find_or_create_experiment, milliseconds, named
+from orchestrator.tracking_run import find_or_create_experiment, milliseconds, named, store_errors
 from orchestrator.tracking_store import (
     LOCK_FILE,
     SHA256_TAG,
@@ -162,7 +162,7 @@ def _connect(address: str) -> MlflowClient:
 def _answered_in_one_line(address: str) -> Iterator[None]:
     try:
         yield
-    except STORE_ERRORS as error:
+    except store_errors() as error:
         raise unavailable(address, error) from error
 
 
@@ -269,8 +269,8 @@ class _Registration:
                 if run_id is not None:
                     self._show_metrics(run_id, model.model_id, training, metrics)
                 client.finalize_logged_model(model.model_id, "READY")
-            except STORE_ERRORS:
-                with suppress(*STORE_ERRORS):
+            except store_errors():
+                with suppress(*store_errors()):
                     client.finalize_logged_model(model.model_id, "FAILED")
                 raise
         _ensure_registered_model(client, name, choice.status.study)

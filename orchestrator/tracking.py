@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
@@ -24,11 +24,12 @@ from orchestrator.report import REPORT_FILE
 from orchestrator.tracking_fronts import FrontArtifacts
 from orchestrator.tracking_notes import COMPLETE, TRAINING, EndStatus, complete_mark, file_mark, has_run
 from orchestrator.tracking_run import (
-    STORE_ERRORS,
     TrainingRun,
+    correct_notes,
     find_or_create_experiment,
     milliseconds,
     named,
+    store_errors,
 )
 from orchestrator.tracking_store import (
     LOCK_FILE,
@@ -82,7 +83,7 @@ class Tracker:
         try:
             client = client or self._connect()
             lost = self._deliver(client, ended)
-        except STORE_ERRORS as error:
+        except store_errors() as error:
             raise unavailable(self._uri, error) from error
         self._client = client
         if lost:
@@ -122,10 +123,20 @@ class Tracker:
     def _find_parent(self, client: MlflowClient) -> str:
         """Empty where there is none."""
         tag = self._ledger.sweep().run_tag
-        return self._runs_by(client, SWEEP_TAG, f"tags.`{SWEEP_TAG}` = '{tag}'").get(tag, "")
+        run = self._runs_by(client, SWEEP_TAG, f"tags.`{SWEEP_TAG}` = '{tag}'").get(tag)
+        if run is None:
+            return ""
+        notes = self._ledger.delivered().get(run.info.run_id, {})
+        if notes.get("status", "RUNNING") != run.info.status:
+            self._ledger.note_delivered(run.info.run_id, "status", run.info.status)
+        return run.info.run_id
 
     def _find_children(self, client: MlflowClient) -> dict[str, str]:
-        return self._runs_by(client, TRAINING_TAG, f"tags.`{PARENT_TAG}` = '{self._parent}'")
+        found = self._runs_by(client, TRAINING_TAG, f"tags.`{PARENT_TAG}` = '{self._parent}'")
+        notes = self._ledger.delivered()
+        for run in found.values():
+            correct_notes(self._ledger, run, notes.get(run.info.run_id, {}))
+        return {training_id: run.info.run_id for training_id, run in found.items()}
 
     def _adopt_orphans(self, client: MlflowClient) -> None:
         """Puts trainings below the parent run whose former one was deleted: MLflow leaves them where they were."""
@@ -145,20 +156,20 @@ class Tracker:
                 raise
             return False
 
-    def _runs_by(self, client: MlflowClient, tag: str, condition: str) -> dict[str, str]:
-        """Values of a tag that is to be one run's alone, and that run's id: where several have it, all but one go."""
+    def _runs_by(self, client: MlflowClient, tag: str, condition: str) -> dict[str, Run]:
+        """Values of a tag that is to be one run's alone, and that run: where several have it, all but one go."""
         notes = self._ledger.delivered()
-        found: dict[str, list[str]] = {}
+        found: dict[str, list[Run]] = {}
         for run in _search(client, self._experiment, condition):
             if tag in run.data.tags:
-                found.setdefault(run.data.tags[tag], []).append(run.info.run_id)
+                found.setdefault(run.data.tags[tag], []).append(run)
         runs = {}
         for value, same in found.items():
             # the first one where nothing has arrived in any
-            runs[value] = max(same, key=lambda run_id: len(notes.get(run_id, ())))
-            for run_id in same:
-                if run_id != runs[value]:
-                    client.delete_run(run_id)
+            runs[value] = max(same, key=lambda run: len(notes.get(run.info.run_id, ())))
+            for run in same:
+                if run is not runs[value]:
+                    client.delete_run(run.info.run_id)
         return runs
 
     def _deliver(self, client: MlflowClient, ended: EndStatus | None) -> list[tuple[Training, str]]:
@@ -257,7 +268,7 @@ class Tracker:
         self._ledger.note_delivered(self._parent, "status", status)
 
 
-def _search(client: MlflowClient, experiment: str, condition: str) -> Iterator[Any]:
+def _search(client: MlflowClient, experiment: str, condition: str) -> Iterator[Run]:
     token = None
     while True:
         page = client.search_runs([experiment], condition, order_by=["attributes.start_time"], page_token=token)

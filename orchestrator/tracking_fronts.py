@@ -17,8 +17,9 @@ from orchestrator.study_names import study_names
 from orchestrator.tracking_notes import results_mark
 
 TABLES_TAG = "mlflow.loggedArtifacts"
-# a page carries all of plotly, some megabytes
-PAGE_SECONDS = 60.0
+# a page carries all of plotly, some megabytes, and the picture of a dozen studies takes seconds to draw, which packs on
+# this machine would miss
+DRAWING_SECONDS = 60.0
 
 
 class FrontArtifacts:
@@ -28,11 +29,11 @@ class FrontArtifacts:
         self._client = client
         self._ledger = ledger
         self._parent = parent
-        # name -> when its page was last sent, by the monotonic clock
-        self._page_sent: dict[str, float] = {}
+        # item -> when its drawings were last sent, by the monotonic clock
+        self._drawn: dict[str, float] = {}
 
     def deliver(self, trainings: Sequence[Training], notes: Mapping[str, str], is_last: bool) -> bool:
-        """Deliver what the run does not hold yet; a study's page at most once a minute, and when `is_last`.
+        """Deliver what the run does not hold yet; what is drawn at most once a minute, and when `is_last`.
 
         Whether the run holds everything now.
         """
@@ -48,31 +49,37 @@ class FrontArtifacts:
             title = f"{sweep}, {name}: KL recovered against sparsity"
             mark = results_mark(in_study)
             if in_study and notes.get(f"front {name}") != mark:
-                self._client.log_figure(self._parent, front_png(in_study, title), f"fronts/{name}.png")
                 self._replace_table(f"fronts/{name}.json", front_trainings(in_study))
                 self._ledger.note_delivered(self._parent, f"front {name}", mark)
             if in_study and notes.get(f"page {name}") != mark:
-                if is_last or self._may_send_page(name):
+                if is_last or self._may_draw(f"page {name}"):
+                    self._client.log_figure(self._parent, front_png(in_study, title), f"fronts/{name}.png")
                     self._deliver_page(name, in_study, title)
-                    self._ledger.note_delivered(self._parent, f"page {name}", mark)
+                    self._note_drawn(f"page {name}", mark)
                 else:
                     has_all = False
         everything = results_mark([training for in_study in finished.values() for training in in_study])
         if len(studies) > 1 and any(finished.values()) and notes.get("overview") != everything:
-            figure = all_fronts_png(finished, f"{sweep}: KL recovered against sparsity")
-            self._client.log_figure(self._parent, figure, "fronts/all.png")
-            self._ledger.note_delivered(self._parent, "overview", everything)
+            if is_last or self._may_draw("overview"):
+                figure = all_fronts_png(finished, f"{sweep}: KL recovered against sparsity")
+                self._client.log_figure(self._parent, figure, "fronts/all.png")
+                self._note_drawn("overview", everything)
+            else:
+                has_all = False
         return has_all
 
-    def _may_send_page(self, name: str) -> bool:
-        return time.monotonic() - self._page_sent.get(name, -PAGE_SECONDS) >= PAGE_SECONDS
+    def _may_draw(self, item: str) -> bool:
+        return item not in self._drawn or time.monotonic() - self._drawn[item] >= DRAWING_SECONDS
+
+    def _note_drawn(self, item: str, mark: str) -> None:
+        self._ledger.note_delivered(self._parent, item, mark)
+        self._drawn[item] = time.monotonic()
 
     def _deliver_page(self, name: str, trainings: Sequence[Training], title: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             page = Path(folder) / f"{name}.html"
             front_html(trainings, title).write_html(page, include_plotlyjs=True)
             self._client.log_artifact(self._parent, page, "fronts")
-        self._page_sent[name] = time.monotonic()
 
     def _replace_table(self, path: str, members: Sequence[Training]) -> None:
         """Like log_table, which would append to the table that is there."""

@@ -46,8 +46,8 @@ def status_mark(training: Training) -> str:
 
 
 def results_mark(finished: Sequence[Training]) -> str:
-    """Differs as soon as other trainings have finished, or one of them anew."""
-    return _digest([(training.training_id, training.dictionary_sha256) for training in finished])
+    """Differs as soon as others have finished, one of them anew, or their study has other constraints."""
+    return _digest([(one.training_id, one.dictionary_sha256, one.constraints) for one in finished])
 
 
 def file_mark(path: Path) -> str:

@@ -1,12 +1,13 @@
 """One training as an MLflow run: params, metric points, state, and the dictionary of a member of a front."""
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from google.protobuf.json_format import ParseError
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,11 +19,25 @@ from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable, no_serv
 from orchestrator.trained_dictionary import dictionary_folder
 from qkmodel.dictionary import find_damage
 
-# what MLflow's client raises where a store is away, refuses, or is none
-STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError, ParseError)
+# of clients of object stores, which MLflow's client imports where artifacts lie there
+_OBJECT_STORE_ERRORS = (
+    ("boto3.exceptions", "Boto3Error"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("google.api_core.exceptions", "GoogleAPIError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+)
 # MLflow's own limits for one batch
 MAX_METRICS, MAX_PARAMS = 1000, 100
 MAX_PARAM_CHARACTERS = 6000
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow's client raises where a store is away, refuses, or is none. To be asked once it has raised."""
+    loaded = [(sys.modules.get(module), name) for module, name in _OBJECT_STORE_ERRORS]
+    others = [getattr(module, name) for module, name in loaded if module is not None]
+    return (MlflowException, SQLAlchemyError, OSError, ImportError, ParseError, *others)
 
 
 class TrainingRun:
@@ -132,6 +147,21 @@ class TrainingRun:
         # an earlier delivery may have got this far
         if name in self._client.get_run(self._run_id).data.tags:
             self._client.delete_tag(self._run_id, name)
+
+
+def correct_notes(ledger: Ledger, run: Run, notes: Mapping[str, str]) -> None:
+    """Has the ledger note which tags a training's run has, where `notes` say something else.
+
+    A delivery may have been cut off between a tag and its note, and what was noted of a store is forgotten while a
+    sweep is tracked elsewhere: a tag that nobody knows of would never be taken away.
+    """
+    tags, run_id = run.data.tags, run.info.run_id
+    is_member = "true" if "pareto" in tags else "false"
+    if notes.get("pareto", "false") != is_member:
+        ledger.note_delivered(run_id, "pareto", is_member)
+    for tag, state in (("error", "failed"), (SHA256_TAG, "finished")):
+        if tag in tags and not notes.get(STATUS, "").startswith(RUN_STATUS[state]):
+            ledger.note_delivered(run_id, STATUS, RUN_STATUS[state])
 
 
 def find_or_create_experiment(client: MlflowClient, sweep: str, artifact_root: str | None) -> str:

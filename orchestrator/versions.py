@@ -23,9 +23,10 @@ def package_versions() -> dict[str, str]:
 
 
 def git_diff() -> str:
-    """What this source tree changes in the commit it stands at; empty outside a checkout."""
+    """What this source tree changes in the commit it stands at, for `git apply`; empty outside a checkout."""
     try:
-        return _git("diff", "HEAD") if git_sha() is not None else ""
+        # whatever the user's settings make of a diff on a screen
+        return _git("diff", "--no-color", "--no-ext-diff", "HEAD") if git_sha() is not None else ""
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -36,7 +37,9 @@ def git_sha() -> str | None:
     try:
         # an installed copy may lie inside the checkout of something else
         _git("ls-files", "--error-unmatch", Path(__file__).name)
-        return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return _git("rev-parse", "HEAD").strip() + (
+            "-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -52,4 +55,4 @@ def _git(*arguments: str) -> str:
         check=True,
         timeout=10,
     )
-    return answer.stdout.strip()
+    return answer.stdout

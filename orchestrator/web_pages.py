@@ -26,8 +26,8 @@ def serve(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> 
 
     `environment` goes to each beside this process's own.
     """
-    # one worker per server is enough for one person; MLflow would send to its makers how its pages are used
-    own = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # one worker per server is enough for one person
+    own = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     processes: list[subprocess.Popen[bytes]] = []

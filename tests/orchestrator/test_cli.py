@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli import _tracking_of, _where_tracked
+from orchestrator.cli import _tracking_of, _way_to_track, _where_tracked
 from orchestrator.config import load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
@@ -206,6 +206,14 @@ def test_tables_for_people(swept: Path) -> None:
     rows = [line.split() for line in fronts.stdout.splitlines() if "L08" in line]
     assert [row[:3] for row in rows] == [["8.0", "0.5000", "75.0%"], ["32.0", "0.1250", "93.8%"]]
     assert "layer 4: front of 0 finished trainings: nothing inside the feasible box" in fronts.stdout
+
+
+def test_status_shows_a_folder_as_it_is_called(swept: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs [old]" / "[" / "red]"
+    shutil.copytree(swept / "runs" / "small", folder)
+    status = orchestrate("status", str(folder), cwd=tmp_path)
+    assert (status.returncode, status.stderr) == (0, "")
+    assert status.stdout.startswith(f"sweep small in {folder}\n")
 
 
 @pytest.mark.parametrize("command", ["status", "fronts"])
@@ -427,6 +435,25 @@ def test_the_last_hint_is_a_command_that_works(tmp_path: Path, tracking: str | N
     assert _where_tracked(config, file, "FOLDER") == expected
     written = write_sweep(tmp_path, tracking="postgresql://me:secret@host/runs")
     assert _where_tracked(load_sweep(written), written, "FOLDER") == f"the MLflow UI: orchestrate ui {written}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["tracking=http://host:5000"], "orchestrate track FOLDER"),
+        ([], "orchestrate track FILE"),
+        (["name=other"], "start the sweep again"),
+        (["tracking='http://me:other@host:5000'"], "start the sweep again"),
+    ],
+)
+def test_the_way_to_deliver_later_is_one_to_the_same_store(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    file = write_sweep(tmp_path, tracking="http://me:secret@host:5000")
+    config = load_sweep(file, overrides)
+    assert _way_to_track(config, file, "FOLDER") == expected.replace("FILE", str(file))
+    # overrides made up for what the file lacks
+    file.write_text(file.read_text().replace("layers:", "# layers:"))
+    if expected == "orchestrate track FILE":
+        assert _way_to_track(config, file, "FOLDER") == "start the sweep again"
 
 
 def test_a_second_driver_of_a_sweep_is_refused(tmp_path: Path) -> None:

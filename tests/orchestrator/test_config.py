@@ -457,8 +457,9 @@ def test_secrets_in_the_tracking_address_are_kept_but_not_shown(address: str, go
     assert PASSWORD not in message_of(good, override, "tracking.x=1")
 
 
-def test_an_address_that_cannot_be_redacted_is_refused_without_being_shown(good: Path) -> None:
-    message = message_of(good, f"tracking='http://user:pass/{PASSWORD}@host'")
+@pytest.mark.parametrize("begins", ["pass/", "20/", "20#"])
+def test_an_address_that_cannot_be_redacted_is_refused_without_being_shown(good: Path, begins: str) -> None:
+    message = message_of(good, f"tracking='http://user:{begins}{PASSWORD}@host'")
     assert PASSWORD not in message
     assert "tracking" in message and "%2F" in message
 
@@ -468,6 +469,7 @@ def test_an_address_that_cannot_be_redacted_is_refused_without_being_shown(good:
     [
         f"postgresql://me:{PASSWORD}@host/db",
         f"postgresql://me:{PASSWORD}/x@host/db",
+        f"postgresql://me:20/{PASSWORD}@host/db",
         f"postgresql://me:@{PASSWORD}@host/db",
         f"postgresql://host/db?user=me&password={PASSWORD}",
         f"postgresql://host/db?sslpassword={PASSWORD}",

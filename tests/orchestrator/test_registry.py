@@ -1,6 +1,7 @@
 """Dictionaries into MLflow's registry and back, against a real database and a real server."""
 
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -396,6 +397,16 @@ def test_importing_the_packages_loads_nothing_heavy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines() == ["set()", "orchestrator.registry qkmodel.dictionary"]
+
+
+def test_mlflow_tells_nobody_how_it_is_used(tmp_path: Path) -> None:
+    """It would keep a number of this user, which it sends along, in the home folder. Tests and CI are spared that."""
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    script = "from orchestrator import load_dictionary; print(load_dictionary.__name__)"
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    cwd = Path(__file__).parents[2]
+    subprocess.run(command, env=environment | {"HOME": str(tmp_path)}, cwd=cwd, check=True, capture_output=True)
+    assert list(tmp_path.rglob("telemetry.json")) == []
 
 
 @pytest.mark.system

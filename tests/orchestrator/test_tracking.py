@@ -256,22 +256,27 @@ def table_ids(storage: Path, parent: Run, name: str) -> list[str]:
     return [row[table["columns"].index("id")] for row in table["data"]]
 
 
-def test_the_large_page_of_a_front_is_sent_once_a_minute_and_at_the_end(storage: Path, ledger: Ledger) -> None:
-    def page() -> str:
-        return Path(client_of(storage).download_artifacts(runs(storage)[0].info.run_id, "fronts/L08.html")).read_text()
+def test_what_is_drawn_is_sent_once_a_minute_and_at_the_end(storage: Path, ledger: Ledger) -> None:
+    def drawn() -> dict[str, bytes]:
+        names = ("L08.html", "L08.png", "all.png")
+        places = [client_of(storage).download_artifacts(runs(storage)[0].info.run_id, f"fronts/{one}") for one in names]
+        return {name: Path(place).read_bytes() for name, place in zip(names, places, strict=True)}
 
+    ledger.open_study("other", "transcoder", 9, IDENTITY, model="m", corpus="c")
     tracker = Tracker(None, storage, ledger)
     start(ledger, "training-one")
     finish(ledger, "training-one", l0=16.0, kl=0.1)
     tracker.deliver()
-    assert "training-one" in page()
+    first = drawn()
+    assert b"training-one" in first["L08.html"]
     start(ledger, "training-two", k=8)
     finish(ledger, "training-two", l0=8.0, kl=0.2)
     tracker.deliver()
-    assert "training-two" not in page()
+    assert drawn() == first
     assert len(front_table(storage, runs(storage)[0])) == 2
     tracker.deliver("FINISHED")
-    assert "training-two" in page()
+    last = drawn()
+    assert b"training-two" in last["L08.html"] and all(last[name] != first[name] for name in first)
 
 
 def test_an_error_that_nobody_foresaw_neither_ends_the_thread_nor_the_sweep(storage: Path, ledger: Ledger) -> None:
@@ -396,6 +401,9 @@ def test_tracking_address(tracking: str | None, address: str, has_root: bool) ->
         "http://a..b",
         "http://:5000",
         "https://me:pw@host:99999",
+        "http://me:20/24@host:5000",
+        "postgresql://me:20/24@host/x",
+        "http://me:20#24@host",
         "sqlite://[x/y.db",
     ],
 )

@@ -1,5 +1,6 @@
 """What MLflow holds after results, files or MLflow itself have changed behind its back, and what is owed then."""
 
+import math
 import os
 import re
 import subprocess
@@ -7,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.ledger import Ledger
 from orchestrator.report import REPORT_FILE
 from orchestrator.starts import Lease
 from orchestrator.tracking import NO_GIT_DIFF, Tracker
 from orchestrator.tracking_notes import Owed, owed
-from orchestrator.tracking_store import TrackingUnavailable, tracking_address
+from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable, tracking_address
 from tests.orchestrator.tracking_world import (
     DICTIONARY_FILES,
     IDENTITY,
@@ -192,7 +194,11 @@ def test_a_front_a_page_or_a_tag_that_did_not_arrive_is_owed(storage: Path, ledg
     assert owed(ledger) == Owed(0, 0, anything=True)
     tracker.deliver("FINISHED")
     assert owed(ledger) == Owed(0, 0, anything=False)
-    assert "pareto" not in runs(storage)[1]["one"].data.tags
+    parent, children = runs(storage)
+    assert "pareto" not in children["one"].data.tags
+    assert [row["id"] for row in front_table(storage, parent)] == ["two"]
+    # of the second alone, up to (128, 2); MLflow keeps what it was before
+    assert pytest.approx(4 * math.log2(2.0 / 0.2)) in [v for _, v in history(storage, parent, "hypervolume_L08")]
 
 
 def test_what_another_store_held_is_no_longer_taken_for_delivered(storage: Path, ledger: Ledger) -> None:
@@ -208,6 +214,49 @@ def test_what_another_store_held_is_no_longer_taken_for_delivered(storage: Path,
     assert not before.keys() & ledger.delivered().keys()
     ledger.report("one", 500, {"loss": 0.9}, seconds=1.0)
     assert owed(ledger) == Owed(1, 1, anything=True)
+
+
+def test_a_tag_that_arrived_without_its_note_is_taken_away(
+    storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_tag_and_die(client: MlflowClient, run_id: str, name: str, value: str) -> None:
+        set_tag(client, run_id, name, value)
+        if name == "pareto":
+            raise KeyboardInterrupt
+
+    set_tag = MlflowClient.set_tag
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MlflowClient, "set_tag", set_tag_and_die)
+        Tracker(None, storage, ledger).deliver()
+    assert runs(storage)[1]["one"].data.tags["pareto"] == "true"
+    start(ledger, "two", k=8)
+    finish(ledger, "two", l0=8.0, kl=0.1)
+    Tracker(None, storage, ledger).deliver("FINISHED")
+    assert {name for name, run in runs(storage)[1].items() if "pareto" in run.data.tags} == {"two"}
+
+
+def test_a_store_that_is_come_back_to_has_no_tags_of_the_past(
+    storage: Path, ledger: Ledger, migrated: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "other.db").write_bytes(migrated)
+    start(ledger, "one")
+    finish(ledger, "one", l0=16.0, kl=0.2)
+    start(ledger, "two", k=8)
+    ledger.fail("two", "diverged")
+    Tracker(None, storage, ledger).deliver("KILLED")
+    ledger.reopen("two")
+    start(ledger, "two", k=8)
+    finish(ledger, "two", l0=8.0, kl=0.1)
+    ledger.discard_result("one", "its dictionary is gone")
+    # which has the notes of the first store forgotten
+    Tracker(f"sqlite:///{tmp_path}/other.db", storage, ledger).deliver()
+    Tracker(None, storage, ledger).deliver()
+    parent, children = runs(storage)
+    assert parent.info.status == "RUNNING"
+    assert not {"pareto", SHA256_TAG} & children["one"].data.tags.keys()
+    assert children["two"].data.tags["pareto"] == "true" and "error" not in children["two"].data.tags
 
 
 @pytest.mark.parametrize("left", ["notes", "deleted run"])

@@ -1,5 +1,6 @@
 """What a sweep does about an MLflow that is not there, is slow, or answers nonsense."""
 
+import http.client
 import socket
 import socketserver
 import threading
@@ -25,7 +26,7 @@ from orchestrator.tracking_notes import Owed, owed
 from orchestrator.tracking_store import TrackingUnavailable
 from orchestrator.tracking_thread import TrackingThread
 from tests.orchestrator.dictionaries import make_sweep
-from tests.orchestrator.tracking_world import start
+from tests.orchestrator.tracking_world import client_of, finish, start
 from tests.system.services import MlflowServer
 
 DEAD_ADDRESS = "http://user:hunter2@127.0.0.1:9"
@@ -43,10 +44,10 @@ def test_a_dead_server_is_said_quickly_in_one_line_without_the_password(storage:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", "it answers 500"),
+        (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "it answers 500"),
         (b"", "it closes connections"),
         (None, "it takes too long to answer"),
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "it answers 404"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", "it answers 404"),
         (
             b"HTTP/1.1 302 Found\r\nLocation: /again\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
             "it sends from one address to another",
@@ -108,13 +109,15 @@ def test_a_server_that_asks_for_a_password_is_said_with_what_to_set(
 def failing_server(answer: bytes | None) -> Iterator[str]:
     """The address of a server that gives one answer to everything, nothing at all with None."""
 
-    class Failing(socketserver.BaseRequestHandler):
+    class Failing(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            self.request.recv(65536)
+            # all of it: closing on what is unread resets the connection, and the answer is lost with it
+            headers = http.client.parse_headers(self.rfile) if self.rfile.readline() else {}
+            self.rfile.read(int(headers.get("Content-Length", 0)))
             if answer is None:
                 ended.wait()
             else:
-                self.request.sendall(answer)
+                self.wfile.write(answer)
 
     ended = threading.Event()
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Failing) as server:
@@ -238,3 +241,18 @@ class SlowProxy:
     def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def test_an_object_store_that_lets_nobody_in_is_said_in_one_line(
+    storage: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(storage / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client_of(storage).create_experiment("l1", artifact_location="s3://bucket/artifacts")
+    start(ledger, "one")
+    finish(ledger, "one", l0=8, kl=0.2)
+    with pytest.raises(TrackingUnavailable, match="credentials"):
+        Tracker(None, storage, ledger).deliver()
