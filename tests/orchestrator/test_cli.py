@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli import _tracking_of, _way_to_track, _where_tracked
+from orchestrator.cli import _way_to_track, _where_tracked
 from orchestrator.config import load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
+from orchestrator.sweep_argument import tracking_of
 from qkmodel.files import exclusive
 from tests.orchestrator.sweep_files import write_sweep
 
@@ -364,7 +365,7 @@ def test_a_sweep_is_tracked_in_its_storage_whatever_its_folder_is_called(
     (tmp_path / "link").symlink_to("runs/small")
     (tmp_path / "elsewhere" / "runs").mkdir(parents=True)
     (tmp_path / "elsewhere" / "runs" / "small").symlink_to(tmp_path / "runs" / "small")
-    assert _tracking_of(str(tmp_path / name)) == (None, tmp_path / "runs")
+    assert tracking_of(str(tmp_path / name)) == (None, tmp_path / "runs")
 
 
 def test_a_sweep_that_lies_elsewhere_is_tracked_where_its_link_is(swept: Path, tmp_path: Path) -> None:
@@ -372,13 +373,13 @@ def test_a_sweep_that_lies_elsewhere_is_tracked_where_its_link_is(swept: Path, t
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "small").symlink_to(tmp_path / "disk" / "small")
     (tmp_path / "runs" / "mlflow.db").touch()
-    assert _tracking_of(str(tmp_path / "runs" / "small")) == (None, tmp_path / "runs")
+    assert tracking_of(str(tmp_path / "runs" / "small")) == (None, tmp_path / "runs")
 
 
 def test_a_sweep_file_is_found_where_a_tilde_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_sweep(tmp_path, tracking="http://u:secret@host:5000", storage=str(tmp_path / "runs"))
-    assert _tracking_of("~/sweep.yaml") == ("http://u:secret@host:5000", tmp_path / "runs")
+    assert tracking_of("~/sweep.yaml") == ("http://u:secret@host:5000", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("command", ["choose", "fronts", "status"])
