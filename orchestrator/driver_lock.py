@@ -10,9 +10,9 @@ LOCK_FILE = "lock"
 
 
 class AtWork(InputError):
-    """A driver, `who`, is at work on the sweep in a folder."""
+    """A driver, `who`, is at work on the sweep in a folder, as people know it."""
 
-    def __init__(self, who: str, folder: Path) -> None:
+    def __init__(self, who: str, folder: str) -> None:
         super().__init__(
             f"name: {who} is at work on the sweep in {folder}; wait for it or end it, or choose another name"
         )
@@ -26,6 +26,6 @@ def only_driver(folder: Path) -> contextlib.AbstractContextManager[None]:
     """
 
     def refuse(holder: str) -> None:
-        raise AtWork(f"process {holder}", folder)
+        raise AtWork(f"process {holder}", str(folder))
 
     return exclusive(folder / LOCK_FILE, refuse)

@@ -45,8 +45,8 @@ def prepare(checked: CheckedPlan, say: Callable[[str], None], progress: Callable
     plan, training, request = checked.plan, checked.plan.config.training, checked.request
     if request.streamed_sequences > 0:
         say("activations.max_bytes is less than all activations take: packs compute those they train on as they go")
-    plan.stored_cache.fetch(request)
     stored = plan.stored_cache
+    stored.fetch(request)
     activations = build_activation_cache(
         plan.cache_root,
         plan.cache_key,

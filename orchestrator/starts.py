@@ -124,7 +124,7 @@ def _died_here(start: StartRow) -> bool:
 
 def _at_work(ledger: Ledger) -> AtWork:
     now = _latest(ledger)
-    return AtWork(f"process {now.process} on {now.host}", ledger.folder)
+    return AtWork(f"process {now.process} on {now.host}", ledger.storage.shown(ledger.folder))
 
 
 def _latest(ledger: Ledger) -> StartRow | None:
