@@ -16,7 +16,7 @@ from qkmodel.errors import InputError
 CACHE_FOLDER = "activations"
 RESERVED_NAMES = (CACHE_FOLDER, "mlflow-artifacts", "jobs")
 # libraries of object stores may wait for a server, or for credentials, longer than anybody looks on
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 3.0
 BUCKET_SECONDS = 8.0
 
 

@@ -52,7 +52,7 @@ def texts(tokens: Sequence[int]) -> list[str]:
 def test_contexts_are_there_and_no_text_is_markup(explained, tmp_path: Path) -> None:
     storage, dictionary, found = explained
     page = tmp_path / "page.html"
-    assert write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, storage) == []
+    assert write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, str(storage)) == []
     content = page.read_text()
     assert "<script" not in content and "&lt;script&gt;alert(1)&lt;/script&gt;" in content
     assert "↵" in content and "None: nothing was read" not in content
@@ -65,7 +65,7 @@ def test_contexts_are_there_and_no_text_is_markup(explained, tmp_path: Path) -> 
 def test_without_activations_the_page_says_what_is_left_out(explained, tmp_path: Path) -> None:
     _, dictionary, found = explained
     page = tmp_path / "page.html"
-    (line,) = write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, tmp_path)
+    (line,) = write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, str(tmp_path))
     assert line.startswith("where pairs meet in the corpus is left out") and "Left out" in page.read_text()
 
 
