@@ -43,6 +43,18 @@ def sqlite_file(address: str) -> Path | None:
     return Path(url.database)
 
 
+def whole_address(address: str) -> str:
+    """The same address; an SQLite database's with its whole path, as it is from the present folder.
+
+    Raises ValueError as `sqlite_file`.
+    """
+    file = sqlite_file(address)
+    if file is None or file.is_absolute():
+        return address
+    scheme, _, relative = address.partition(":///")
+    return f"{scheme}:///{Path.cwd()}/{relative}"
+
+
 def require_readable(address: str) -> None:
     """Raises InputError for the address of a server or database whose host and port cannot be taken out of it."""
     try:

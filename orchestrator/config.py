@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.addresses import redact_url, require_ledger_address, require_readable, sqlite_file
+from orchestrator.addresses import redact_url, require_ledger_address, require_readable, sqlite_file, whole_address
 from orchestrator.composition import compose_sweep
 from orchestrator.search.config import HalvingConfig, HalvingSetting, SearchConfig, rung_steps
 from orchestrator.storage.address import check_storage_text, is_bucket
@@ -219,10 +219,13 @@ class SweepConfig(Schema):
         return self
 
     def public_dict(self) -> dict[str, Any]:
-        """JSON types only, every default filled in, secrets in addresses redacted: fit to be shown."""
+        """JSON types only, every default filled in, secrets in addresses redacted: fit to be shown.
+
+        `tracking` is what it means in the present folder, since the ledger is read from others.
+        """
         shown = self.model_dump(mode="json")
         if self.tracking is not None:
-            shown["tracking"] = redact_url(self.tracking)
+            shown["tracking"] = redact_url(whole_address(self.tracking))
         return shown
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, inspect
 
-from orchestrator.addresses import redact_url, require_readable, sqlite_file
+from orchestrator.addresses import redact_url, require_readable, sqlite_file, whole_address
 from qkmodel.errors import InputError
 
 # by which runs, logged models and registered dictionaries are found
@@ -60,7 +60,7 @@ def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | No
         return tracking, None
     if scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
         require_readable(tracking)
-        return tracking, artifact_root
+        return whole_address(tracking), artifact_root
     raise InputError(
         f"tracking: {redact_url(str(tracking))!r} is not an MLflow address; "
         "give http(s)://HOST:PORT of a server, sqlite:///PATH, or null for a file beside the sweeps"

@@ -495,6 +495,22 @@ def test_no_percent_encoded_password_survives_redaction(user: str, password: str
     assert shown == f"see postgresql://{quote(user, safe='')}:***@db.example:5432/name for more"
 
 
+def test_the_ledger_is_told_the_whole_path_of_a_tracking_database(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = {
+        given: load_sweep(good, [f"tracking={given}"]).public_dict()["tracking"]
+        for given in ("sqlite:///mine.db", "sqlite:////store/mine.db", "http://host:5000", "null")
+    }
+    assert told == {
+        "sqlite:///mine.db": f"sqlite:///{tmp_path}/mine.db",
+        "sqlite:////store/mine.db": "sqlite:////store/mine.db",
+        "http://host:5000": "http://host:5000",
+        "null": None,
+    }
+
+
 @given(st.sampled_from(["http://host:5000", "sqlite:///a b/c@d.db", "sqlite:////tmp/x.db", "plain@text", "a: b"]))
 def test_what_holds_no_secret_is_left_as_it_is(text: str) -> None:
     assert redact_url(text) == text

@@ -384,7 +384,7 @@ Tracker(None, storage, ledger).deliver("FINISHED")
         (None, "sqlite:////store/mlflow.db", True),
         ("http://mlflow:5000", "http://mlflow:5000", False),
         ("https://mlflow.example", "https://mlflow.example", False),
-        ("sqlite:///mine.db", "sqlite:///mine.db", True),
+        ("sqlite:///mine.db", f"sqlite:///{Path.cwd()}/mine.db", True),
         ("postgresql+psycopg2://me@db/x", "postgresql+psycopg2://me@db/x", True),
     ],
 )

@@ -47,11 +47,12 @@ class Desk:
         listed = json.loads(self.ask("jobs", "--json")[0])
         return next(one["state"] for one in listed if one["job"] == job)
 
-    def wait(self, job: str, *states: str, patience: float = PATIENCE) -> str:
+    def wait(self, job: str, *states: str, patience: float = PATIENCE, every: float = 1) -> str:
+        """The state that it is in then; asked for `every` so many seconds, at a second of CPU each."""
         deadline = time.monotonic() + patience
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, f"{job} is {state}\n{self.ask('logs', job)[0]}"
-            time.sleep(1)
+            time.sleep(every)
         return state
 
     def wait_for_reports(self, name: str, tokens: int) -> None:
