@@ -1,7 +1,6 @@
 """The commands of `orchestrate`: parse, call, print."""
 
 import logging
-import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +11,24 @@ from rich.text import Text
 from typer.exceptions import TyperException
 
 from orchestrator.addresses import HIDDEN, redact_url, sqlite_file
-from orchestrator.cli_output import JsonOption, console, messages, naming, print_json, print_plan
+from orchestrator.cli_output import (
+    JsonOption,
+    console,
+    messages,
+    naming,
+    print_fronts,
+    print_json,
+    print_plan,
+    say_error,
+)
 from orchestrator.cluster.cli import cluster_commands
-from orchestrator.config import SweepConfig, load_sweep, one_line
+from orchestrator.config import load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.status import fronts_record, status_record, study_statuses
 from orchestrator.storage.address import check_storage_text
-from orchestrator.sweep_argument import open_ledger, shown_folder, tracking_of
-from orchestrator.tables import counted, front_table, state_table
+from orchestrator.sweep_argument import open_ledger, tracking_of
+from orchestrator.sweep_command import run_and_show
+from orchestrator.tables import counted, state_table
 from orchestrator.tracking_store import TrackingUnavailable
 from qkmodel.errors import InputError
 from qkmodel.files import require_place, user_path
@@ -64,7 +73,7 @@ def sweep(
         with naming(file):
             print_plan(config, as_json, fresh)
         return
-    _run(config, file, as_json, fresh, git_diff)
+    run_and_show(config, file, as_json, fresh, git_diff)
 
 
 @app.command()
@@ -93,7 +102,7 @@ def fronts(sweep: SweepArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(fronts_record(ledger))
     else:
-        _print_fronts(ledger)
+        print_fronts(ledger)
 
 
 @app.command()
@@ -323,93 +332,16 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Exit as end:
         return end.exit_code
     except TyperException as error:
-        _say_error(f"{' '.join(error.format_message().split()).rstrip('.')}; see orchestrate --help")
+        say_error(f"{' '.join(error.format_message().split()).rstrip('.')}; see orchestrate --help")
         return 2
     except InputError as error:
-        _say_error(str(error))
+        say_error(str(error))
         return 2
     except (OSError, TrackingUnavailable) as error:
         # a full disk, a folder or a server that went away: the same command continues once that is mended
-        _say_error(str(error))
+        say_error(str(error))
         return 1
     return 0
-
-
-def _say_error(line: str) -> None:
-    messages.print(f"error: {one_line(line)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _run(config: SweepConfig, file: Path, as_json: bool, fresh: bool, git_diff: bool) -> None:
-    from orchestrator.plan import make_plan
-
-    # planned before the seconds that ray and mlflow take to import: most mistakes show here
-    with naming(file):
-        plan = make_plan(config, fresh=fresh)
-    from orchestrator.packs_on_ray import RayStopped
-    from orchestrator.sweep import run_sweep
-    from orchestrator.terminal import LogView, TerminalView
-
-    try:
-        with naming(file), (TerminalView if messages.is_terminal else LogView)(messages) as view:
-            outcome = run_sweep(plan, view, git_diff)
-    except RayStopped as error:
-        _say_error(str(error))
-        raise typer.Exit(1) from error
-    if outcome.trained == 0 and outcome.stopped == 0 and outcome.failed == 0 and outcome.budget_line is None:
-        done = f"nothing left to do: sweep {config.name} has everything that {file} asks for"
-        messages.print(done, markup=False, soft_wrap=True)
-    if as_json:
-        print_json(fronts_record(outcome.ledger))
-    else:
-        _print_fronts(outcome.ledger)
-    if outcome.tracking_error is not None:
-        messages.print(f"MLflow does not have everything yet: {outcome.tracking_error}", markup=False)
-        what = _way_to_track(config, file, shlex.quote(shown_folder(outcome.ledger)))
-        messages.print(f"once it is there: {what}", markup=False, soft_wrap=True)
-    folder = shlex.quote(shown_folder(outcome.ledger))
-    messages.print(f"compare the trainings in {_where_tracked(config, file, folder)}", markup=False, soft_wrap=True)
-    if outcome.stopped:
-        messages.print(f"{counted(outcome.stopped, 'training')} stopped at rungs", markup=False)
-    if outcome.budget_line is not None:
-        messages.print(f"{outcome.budget_line}: raise it and start again to go on", markup=False)
-    if outcome.failed:
-        failed = counted(outcome.failed, "training")
-        messages.print(f"{failed} failed: orchestrate status {folder}", markup=False, soft_wrap=True)
-        raise typer.Exit(1)
-
-
-def _way_to_track(config: SweepConfig, file: Path, folder: str) -> str:
-    if HIDDEN not in redact_url(config.tracking or ""):
-        return f"orchestrate track {folder}"
-    # the ledger keeps no password
-    return f"orchestrate track {shlex.quote(str(file))}" if _is_told_by(file, config) else "start the sweep again"
-
-
-def _is_told_by(file: Path, config: SweepConfig) -> bool:
-    """Whether a sweep's file says without overrides where the sweep and its MLflow are."""
-    try:
-        alone = load_sweep(file)
-    except InputError:
-        # overrides made up for what it lacks
-        return False
-    return (alone.name, alone.storage, alone.tracking) == (config.name, config.storage, config.tracking)
-
-
-def _where_tracked(config: SweepConfig, file: Path, folder: str) -> str:
-    """The MLflow server, or the command that opens the UI."""
-    shown = redact_url(config.tracking or "")
-    if shown.startswith("http"):
-        return f"MLflow at {shown}"
-    if HIDDEN not in shown:
-        return f"the MLflow UI: orchestrate ui {folder}"
-    if _is_told_by(file, config):
-        return f"the MLflow UI: orchestrate ui {shlex.quote(str(file))}"
-    return f"the MLflow store {shown}"
-
-
-def _print_fronts(ledger: Ledger) -> None:
-    for status in study_statuses(ledger):
-        console.print(front_table(status))
 
 
 def _print_chosen(record: dict[str, Any], label: str) -> None:

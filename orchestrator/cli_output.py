@@ -11,7 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from orchestrator.config import SweepConfig
+from orchestrator.config import SweepConfig, one_line
+from orchestrator.ledger import Ledger
+from orchestrator.status import study_statuses
+from orchestrator.tables import front_table
 from qkmodel.errors import InputError
 
 # into a file or a pipe, lines are as long as they need to be
@@ -52,3 +55,12 @@ def print_plan(config: SweepConfig, as_json: bool, fresh: bool, here: bool = Tru
 
 def print_json(record: object) -> None:
     sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_fronts(ledger: Ledger) -> None:
+    for status in study_statuses(ledger):
+        console.print(front_table(status))
+
+
+def say_error(line: str) -> None:
+    messages.print(f"error: {one_line(line)}", markup=False, highlight=False, soft_wrap=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cli import _way_to_track, _where_tracked
 from orchestrator.config import load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.sweep_argument import tracking_of
+from orchestrator.sweep_command import way_to_track, where_tracked
 from qkmodel.files import exclusive
 from tests.orchestrator.sweep_files import write_sweep
 
@@ -433,9 +433,9 @@ def test_a_port_in_use_is_refused(swept: Path) -> None:
 def test_the_last_hint_is_a_command_that_works(tmp_path: Path, tracking: str | None, expected: str) -> None:
     file = write_sweep(tmp_path)
     config = load_sweep(file, [] if tracking is None else [f"tracking='{tracking}'"])
-    assert _where_tracked(config, file, "FOLDER") == expected
+    assert where_tracked(config, file, "FOLDER") == expected
     written = write_sweep(tmp_path, tracking="postgresql://me:secret@host/runs")
-    assert _where_tracked(load_sweep(written), written, "FOLDER") == f"the MLflow UI: orchestrate ui {written}"
+    assert where_tracked(load_sweep(written), written, "FOLDER") == f"the MLflow UI: orchestrate ui {written}"
 
 
 @pytest.mark.parametrize(
@@ -450,11 +450,11 @@ def test_the_last_hint_is_a_command_that_works(tmp_path: Path, tracking: str | N
 def test_the_way_to_deliver_later_is_one_to_the_same_store(tmp_path: Path, overrides: list[str], expected: str) -> None:
     file = write_sweep(tmp_path, tracking="http://me:secret@host:5000")
     config = load_sweep(file, overrides)
-    assert _way_to_track(config, file, "FOLDER") == expected.replace("FILE", str(file))
+    assert way_to_track(config, file, "FOLDER") == expected.replace("FILE", str(file))
     # overrides made up for what the file lacks
     file.write_text(file.read_text().replace("layers:", "# layers:"))
     if expected == "orchestrate track FILE":
-        assert _way_to_track(config, file, "FOLDER") == "start the sweep again"
+        assert way_to_track(config, file, "FOLDER") == "start the sweep again"
 
 
 def test_a_second_driver_of_a_sweep_is_refused(tmp_path: Path) -> None:
