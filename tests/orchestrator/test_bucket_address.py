@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from orchestrator.storage.address import BucketAddress, check_storage_text
 from orchestrator.storage.bucket import Bucket
+from orchestrator.storage.opened import open_in_bucket
 from qkmodel.errors import InputError
 
 BUCKETS = st.from_regex(r"[a-z0-9][a-z0-9-]{1,40}[a-z0-9]", fullmatch=True)
@@ -50,6 +51,7 @@ def test_the_order_of_options_and_a_last_slash_say_nothing() -> None:
         ("s3://bucket/a b", "single slashes"),
         ("s3://bucket/runs?endpoint=x", "endpoint: is nothing to write after the ?"),
         ("s3://bucket/runs?endpoint_override=http://x:1", "is not HOST:PORT"),
+        ("s3://bucket/runs?endpoint_override=a..b:9000", "is not HOST:PORT"),
         ("s3://bucket/runs?scheme=http&scheme=https", "twice"),
         ("gs://bucket/runs?region=europe", "region: is nothing to write after the ?"),
         ("s3://bucket/runs#part", "single slashes"),
@@ -66,12 +68,15 @@ def test_what_is_no_address_is_refused(text: str, said: str) -> None:
     [
         "s3://AKIAHUSHHUSH:hush-hush@bucket/runs",
         "s3://hush-hush@bucket/runs",
+        "s3://AKIAHUSH:hush%40bucket/runs",
+        "s3://bucket/runs?endpoint_override=somebody:hush%40127.0.0.1:9000",
         "s3://bucket/runs?access_key=hush-hush&secret_key=hush-hush",
         "s3://bucket/runs?session_token=hush-hush",
         "gs://bucket/runs?access_token=hush-hush",
     ],
 )
 def test_credentials_are_refused_and_not_shown(text: str) -> None:
-    with pytest.raises(InputError) as refused:
-        check_storage_text(text)
-    assert "has credentials in it" in str(refused.value) and "hush" not in str(refused.value).lower()
+    for read in (check_storage_text, open_in_bucket):
+        with pytest.raises(InputError) as refused:
+            read(text)
+        assert "has credentials in it" in str(refused.value) and "hush" not in str(refused.value).lower()
