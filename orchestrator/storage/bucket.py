@@ -83,10 +83,14 @@ class Bucket:
                 self._send_file(file)
 
     def send_changed(self, file: Path) -> None:
+        if not self.is_current(file):
+            self._send_file(file)
+
+    def is_current(self, file: Path) -> bool:
+        """Whether `file` is a copy of its object."""
         with self._telling(self.shown(file)):
             info = self._files.get_file_info(self._key(file))
-        if not (info.is_file and is_copy(file, _stamp(info))):
-            self._send_file(file)
+        return info.is_file and is_copy(file, _stamp(info))
 
     def release(self, path: Path) -> None:
         remove_local(path)
