@@ -17,7 +17,8 @@ from orchestrator.cluster.cli import cluster_commands
 from orchestrator.config import SweepConfig, load_sweep, one_line
 from orchestrator.ledger import Ledger
 from orchestrator.status import fronts_record, status_record, study_statuses
-from orchestrator.storage.address import check_storage_text
+from orchestrator.storage.address import check_storage_text, is_bucket
+from orchestrator.storage_check import check_bucket
 from orchestrator.sweep_argument import open_ledger, shown_folder, tracking_of
 from orchestrator.tables import counted, front_table, state_table
 from orchestrator.tracking_store import TrackingUnavailable
@@ -184,6 +185,8 @@ def explain(
         # before the model is loaded for it
         require_place("--output", output)
         check_storage_text(storage)
+        if is_bucket(storage):
+            check_bucket(storage, is_written=False)
     opened = open_dictionary(dictionary, tracking)
     found, tokens, texts = explain(opened, head, words, keys, pairs)
     if output is not None:
