@@ -49,7 +49,7 @@ class Bucket:
         """The working copy on this machine."""
         readable = re.sub(r"[^A-Za-z0-9]+", "-", self.address.key(""))[:40].strip("-")
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return user_cache_folder() / "storage" / f"{readable}-{digest}"
+        return working_copies() / f"{readable}-{digest}"
 
     def shown(self, path: Path) -> str:
         return self.address.url(self._name(path))
@@ -260,6 +260,11 @@ class Bucket:
         if _NO_BUCKET.search(text):
             return "make it, or write the name of one"
         return credentials(self.address.scheme)
+
+
+def working_copies() -> Path:
+    """Those of all buckets on this machine, which no other sees."""
+    return user_cache_folder() / "storage"
 
 
 def _reason(text: str) -> str:
