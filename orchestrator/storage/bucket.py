@@ -170,7 +170,8 @@ class Bucket:
     def remove(self, path: Path) -> None:
         from pyarrow.fs import FileType
 
-        with self._telling(self.shown(path)):
+        # a worker of a dead driver may remove the same
+        with contextlib.suppress(FileNotFoundError), self._telling(self.shown(path)):
             found = self._files.get_file_info(self._key(path)).type
             if found == FileType.Directory:
                 self._files.delete_dir(self._key(path))
@@ -197,9 +198,14 @@ class Bucket:
         os.utime(file, ns=(info.mtime_ns, info.mtime_ns))
 
     def _fetch_folder(self, folder: Path) -> bool:
-        for path, stamp in self.listing(folder).items():
+        listed = self.listing(folder)
+        for path in folder.rglob("*"):
+            # what has another name still is being fetched by another process
+            if path not in listed and path.is_file() and not path.name.endswith(PARTIAL_SUFFIX):
+                path.unlink(missing_ok=True)
+        for path, stamp in listed.items():
             self.fetch(path, stamp)
-        return True
+        return bool(listed)
 
     def _below(self, folder: Path, recursive: bool = True) -> "list[FileInfo]":
         from pyarrow.fs import FileSelector

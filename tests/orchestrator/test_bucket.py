@@ -79,6 +79,31 @@ def test_what_was_sent_is_fetched_once_and_again_when_it_changed(bucket: Bucket,
     assert not list(bucket.root.rglob("*.partial"))
 
 
+def test_a_folder_is_fetched_as_it_is_in_the_bucket(bucket: Bucket) -> None:
+    folder = bucket.root / "l1" / "dictionaries" / "id-0001"
+    for name in FILES:
+        put(folder / name)
+    bucket.send(folder)
+    bucket.remove(folder / FILES[0])
+    being_fetched = put(folder / f".{FILES[0]}.0{PARTIAL_SUFFIX}")
+    put(folder / FILES[0])
+    assert bucket.fetch(folder)
+    assert {path.name for path in folder.iterdir()} == {*FILES[1:], being_fetched.name}
+
+
+def test_what_another_process_removed_just_now_is_removed(
+    bucket: Bucket, store: FolderAsStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(key: str) -> None:
+        raise FileNotFoundError(key)
+
+    file = put(bucket.root / "l1" / "file")
+    bucket.send(file)
+    monkeypatch.setattr(store, "delete_file", gone, raising=False)
+    bucket.remove(file)
+    assert not file.exists()
+
+
 def test_what_was_fetched_and_is_as_it_was_is_not_sent_again(bucket: Bucket, store: FolderAsStore) -> None:
     file = put(bucket.root / "reference.safetensors")
     bucket.send_changed(file)
