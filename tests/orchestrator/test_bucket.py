@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pyarrow import NativeFile
 
 from orchestrator.checkpoints import Checkpoints, checkpoint_path, drop_older
+from orchestrator.ledger_pointer import POINTER_FILE, LedgerPointer
 from orchestrator.pack_files import PackFiles
 from orchestrator.pack_order import CopiesOrder, PackOrder
 from orchestrator.permit import BUCKET_SECONDS, Permit, PermitReader, ask_to_stop, grant
@@ -18,6 +19,7 @@ from orchestrator.storage_check import check_bucket
 from orchestrator.stored_cache import StoredCache
 from qkmodel.activation_request import CacheRequest
 from qkmodel.activations import MANIFEST, SPLITS, TOKENS, ActivationCache, Manifest, parse_manifest
+from qkmodel.errors import InputError
 from qkmodel.files import PARTIAL_SUFFIX
 from tests.orchestrator.bucket_world import FolderAsStore, bucket_in
 from tests.orchestrator.test_pack_order import small_order
@@ -272,6 +274,12 @@ def test_a_pack_reads_copies_and_the_drivers_machine_holds_them_once(
     full = order.model_copy(update={"copies": CopiesOrder(folder=tmp_path / "full", max_bytes=10)})
     with pytest.raises(StorageGivesOut, match=r"no room for \d+ bytes.*node_max_bytes"):
         PackFiles.of(full).open_cache().read(LAYER, "validation", [0])
+
+
+def test_a_ledgers_place_that_cannot_be_read_is_named_by_its_address(bucket: Bucket) -> None:
+    bucket.write(bucket.root / "l1" / POINTER_FILE, b"nonsense")
+    with pytest.raises(InputError, match=r"^s3://bucket/runs/l1/ledger.json: does not say where"):
+        LedgerPointer.read(bucket.root / "l1", bucket)
 
 
 def test_an_empty_manifest_is_nothing_to_send(world: SmallWorld, bucket: Bucket, store: FolderAsStore) -> None:
