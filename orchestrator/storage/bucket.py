@@ -93,9 +93,12 @@ class Bucket:
         return info.is_file and is_copy(file, _stamp(info))
 
     def release(self, path: Path) -> None:
+        is_folder = path.is_dir()
         remove_local(path)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
+        # a folder beside it may be being made just now by another pack of the node
+        if not is_folder:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
     def fetch(self, path: Path, stamp: Stamp | None = None) -> bool:
         from pyarrow.fs import FileType

@@ -106,6 +106,14 @@ def test_what_another_process_removed_just_now_is_removed(
     assert not file.exists()
 
 
+def test_a_dictionary_that_was_handed_over_leaves_the_folder_that_other_packs_write_to(bucket: Bucket) -> None:
+    folder = bucket.root / "l1" / "dictionaries" / "id-0001"
+    put(folder / FILES[0])
+    bucket.send(folder)
+    bucket.release(folder)
+    assert not folder.exists() and folder.parent.is_dir()
+
+
 def test_what_was_fetched_and_is_as_it_was_is_not_sent_again(bucket: Bucket, store: FolderAsStore) -> None:
     file = put(bucket.root / "reference.safetensors")
     bucket.send_changed(file)
