@@ -25,7 +25,8 @@ from orchestrator.cluster.cli import cluster_commands
 from orchestrator.config import load_sweep
 from orchestrator.ledger import Ledger
 from orchestrator.status import fronts_record, status_record, study_statuses
-from orchestrator.storage.address import check_storage_text
+from orchestrator.storage.address import check_storage_text, is_bucket
+from orchestrator.storage_check import check_bucket
 from orchestrator.sweep_argument import open_ledger, tracking_of
 from orchestrator.sweep_command import run_and_show
 from orchestrator.tables import counted, state_table
@@ -193,6 +194,8 @@ def explain(
         # before the model is loaded for it
         require_place("--output", output)
         check_storage_text(storage)
+        if is_bucket(storage):
+            check_bucket(storage, is_written=False)
     opened = open_dictionary(dictionary, tracking)
     found, tokens, texts = explain(opened, head, words, keys, pairs)
     if output is not None:

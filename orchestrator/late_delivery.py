@@ -25,5 +25,6 @@ def deliver_late(ledger: Ledger, tracking: str | None, storage: Path) -> str:
             return tracker.address
     except AtWork as error:
         raise InputError(
-            f"{error.who} is at work on the sweep in {ledger.folder} and delivers by itself; wait for it or end it"
+            f"{error.who} is at work on the sweep in {ledger.storage.shown(ledger.folder)} and delivers by itself; "
+            "wait for it or end it"
         ) from error

@@ -13,6 +13,7 @@ from orchestrator.ledger_postgres import SweepSchema, schema_name
 from orchestrator.storage.address import is_bucket
 from orchestrator.storage.opened import local_root, open_in_bucket, open_storage
 from orchestrator.storage.shared import SHARED, Storage
+from orchestrator.storage_check import check_bucket
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
 
@@ -58,6 +59,7 @@ def named_places(key: str, name: str, config: SweepConfig) -> Iterator[Place]:
     """
     if is_bucket(name):
         bucket, folder = open_in_bucket(name)
+        check_bucket(bucket.url, is_written=False)
         yield place_in(folder, bucket)
         return
     yield place_in(user_path(key, name).absolute())

@@ -25,6 +25,7 @@ class LedgerPointer:
     def read(cls, folder: Path, storage: Storage = SHARED) -> Self | None:
         """None where the folder, in `storage`, has none. Raises InputError when it cannot be read."""
         path = folder / POINTER_FILE
+        shown = storage.shown(path)
         try:
             content = storage.read(path)
             if content is None:
@@ -35,10 +36,10 @@ class LedgerPointer:
         except StorageGivesOut:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: does not say where the ledger is ({error}); put a copy of it there") from error
-        refuse_other_format(str(path), version)
+            raise InputError(f"{shown}: does not say where the ledger is ({error}); put a copy of it there") from error
+        refuse_other_format(shown, version)
         if not all(isinstance(value, str) for value in values):
-            raise InputError(f"{path}: does not say where the ledger is; put a copy of it there")
+            raise InputError(f"{shown}: does not say where the ledger is; put a copy of it there")
         return cls(*values)
 
     def create(self, folder: Path) -> None:

@@ -166,7 +166,7 @@ class SweepSchema:
         if connection.execute(names, {"name": self._schema}).first() is None:
             if pointer is not None and pointer.address != self._address:
                 raise InputError(
-                    f"ledger: the sweep in {self.folder} has its ledger at {pointer.address}, and "
+                    f"ledger: the sweep in {self.storage.shown(self.folder)} has its ledger at {pointer.address}, and "
                     f"{self._address} has none of it; write the former"
                 )
             return False
@@ -179,8 +179,8 @@ class SweepSchema:
             return True
         if pointer is None or pointer.identity != identity:
             raise InputError(
-                f"ledger: {self._address} has a sweep of this name in another folder than {self.folder}; "
-                "write the storage that it is in, or another name or database"
+                f"ledger: {self._address} has a sweep of this name in another folder than "
+                f"{self.storage.shown(self.folder)}; write the storage that it is in, or another name or database"
             )
         return True
 

@@ -60,16 +60,17 @@ class PackFiles:
 
 
 class _StoredShards(Originals):
-    """Shards in a bucket; on the driver's machine the files that it sent there."""
+    """Shards in a bucket; on a machine that has copies of them, as the driver's has, these."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
 
     def size(self, original: Path) -> int:
-        return original.stat().st_size if original.exists() else self._bucket.size(original)
+        return self._bucket.size(original)
 
     def copy(self, original: Path, to: Path) -> None:
-        if not original.exists():
+        # where a sweep's driver ran once, the object may have been replaced since
+        if not self._bucket.is_current(original):
             self._bucket.download(original, to)
             return
         try:
@@ -78,7 +79,9 @@ class _StoredShards(Originals):
         except OSError:
             shutil.copyfile(original, to)
 
-    def map_uncopied(self, original: Path, reason: str) -> Tensor:
+    def map_uncopied(self, original: Path, reason: str, error: OSError | None = None) -> Tensor:
+        if isinstance(error, StorageGivesOut):
+            raise error
         raise StorageGivesOut(
             self._bucket.shown(original),
             f"{reason}, and a bucket's shards can be read from copies only (activations.node_folder, node_max_bytes)",

@@ -255,7 +255,8 @@ class SweepPlan:
 def _refuse_other_task(config: SweepConfig, ledger: Ledger) -> None:
     """One sweep's trainings are shown together, which those of two tasks cannot be."""
     if any(study.task != config.task for study in ledger.studies()):
-        raise InputError(f"task: the sweep in {ledger.folder} is of another task than {config.task}; give another name")
+        where = ledger.storage.shown(ledger.folder)
+        raise InputError(f"task: the sweep in {where} is of another task than {config.task}; give another name")
 
 
 def make_plan(

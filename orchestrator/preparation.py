@@ -10,6 +10,7 @@ from orchestrator.pack_order import SourceOrder
 from orchestrator.plan import SweepPlan
 from orchestrator.plan_figures import storage_folder
 from orchestrator.source_dictionaries import SOURCES_FOLDER, SourceDictionary
+from orchestrator.storage.bucket import working_copies
 from orchestrator.storage.shared import Storage
 from orchestrator.tables import counted
 from qkmodel.activation_build import build_activation_cache
@@ -109,9 +110,11 @@ def _source(
 
 
 def _in_storage(plan: SweepPlan, source: SourceDictionary) -> SourceDictionary:
-    """The dictionary where packs find it, on whatever node: in a bucket a copy, where it is not in that already."""
-    root = storage_folder(plan.config)
-    if plan.storage.url is None or source.folder.is_relative_to(root):
+    """The dictionary where packs find it, on whatever node: a copy, where it lies in another bucket or in a folder."""
+    if source.folder.is_relative_to(storage_folder(plan.config)):
+        return source
+    if plan.storage.url is None and not source.folder.is_relative_to(working_copies()):
+        # in a folder that is shared, as the storage is
         return source
     folder = plan.cache_root / SOURCES_FOLDER / source.sha256
     if find_damage(folder, source.sha256) is not None:

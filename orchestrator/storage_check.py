@@ -34,12 +34,13 @@ def check_bucket(url: str, is_written: bool = True) -> None:
     """Refuses a bucket that cannot be read from here, or also written to. Leaves nothing behind."""
     bucket = Bucket(BucketAddress.parse(url))
     _require_answer(bucket.address)
-    wrong: list[InputError] = []
+    wrong: list[Exception] = []
 
     def look() -> None:
         try:
             bucket.require_writable() if is_written else bucket.require_readable()
-        except InputError as error:
+        except (InputError, OSError) as error:
+            # raised in a thread, it would go no further
             wrong.append(error)
 
     looking = threading.Thread(target=look, daemon=True)

@@ -4,6 +4,7 @@ In a shared folder all of this is nothing. Of a bucket's cache the local manifes
 was built here; of the shards that it lists only those that were fetched or built are on this machine.
 """
 
+import hashlib
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -63,13 +64,17 @@ class StoredCache:
         if self._storage.url is None or manifest is None:
             return
         listed = self._storage.listing(self._folder)
-        here = [self._folder / path for path in manifest.shards if (self._folder / path).exists()]
-        new = [path for path in here if path not in listed or not is_copy(path, listed[path])]
+        here = {self._folder / path: shard for path, shard in manifest.shards.items() if (self._folder / path).exists()}
+        other = [path for path in here if path not in listed or not is_copy(path, listed[path])]
         with ThreadPoolExecutor(_AT_ONCE) as threads:
+            # what nobody asked for now was not compared: it may be older than what another machine sent since
+            intact = threads.map(lambda path: _is_intact(path, here[path]), other)
+            new = [path for path, is_intact in zip(other, intact, strict=True) if is_intact]
             list(threads.map(self._storage.send, new))
         # another driver may have sent others since
         stored = self._stored_manifest() or Manifest.empty(manifest.key)
-        there = {path: shard for path, shard in manifest.shards.items() if (self._folder / path) in {*listed, *new}}
+        sent = listed.keys() - other | {*new}
+        there = {path: shard for path, shard in manifest.shards.items() if self._folder / path in sent}
         whole = stored.model_copy(update={"shards": dict(sorted((stored.shards | there).items()))})
         whole = whole.with_available(manifest.available)
         if new or whole != stored:
@@ -98,6 +103,11 @@ class FetchedShards:
     def map(self, original: Path, name: str, shard: Shard) -> Tensor:
         self._storage.fetch(original)
         return map_shard(original)
+
+
+def _is_intact(path: Path, shard: Shard) -> bool:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
 
 
 def _needed(manifest: Manifest, request: CacheRequest) -> Iterable[str]:

@@ -117,25 +117,31 @@ def run_sweep(plan: SweepPlan, view: SweepView, with_git_diff: bool = False) -> 
             held.enter_context(only_driver(plan.folder))
             if is_begun(plan.folder):
                 raise InputError(f"name: another process began the sweep in {plan.folder} just now; start it again")
-        if with_git_diff:
-            write_atomically(plan.folder / GIT_DIFF_FILE, git_diff().encode())
-            plan.storage.send(plan.folder / GIT_DIFF_FILE)
-        else:
-            plan.storage.remove(plan.folder / GIT_DIFF_FILE)
-        return _run_prepared(plan, prepared, view, time.monotonic() - begun)
+        return _run_prepared(plan, prepared, view, with_git_diff, time.monotonic() - begun)
 
 
 def _run_prepared(
-    plan: SweepPlan, prepared: Preparation | None, view: SweepView, seconds_before: float
+    plan: SweepPlan, prepared: Preparation | None, view: SweepView, with_git_diff: bool, seconds_before: float
 ) -> SweepOutcome:
     ledger = Ledger(place_of(plan.config, plan.folder))
     lease = Lease(ledger, seconds_before=seconds_before)
     patience = Patience(LEDGER_PATIENCE_SECONDS, view.say, lease.require_latest)
     try:
+        # not before the lease: of a bucket's sweep a driver on another machine may be at work, whose file it is then
+        _keep_git_diff(plan, with_git_diff)
         with ledger.patience(patience):
             return _run_leased(plan, prepared, view, ledger, lease, _budget(plan, ledger, lease.start, seconds_before))
     finally:
         lease.release()
+
+
+def _keep_git_diff(plan: SweepPlan, is_wanted: bool) -> None:
+    file = plan.folder / GIT_DIFF_FILE
+    if is_wanted:
+        write_atomically(file, git_diff().encode())
+        plan.storage.send(file)
+    else:
+        plan.storage.remove(file)
 
 
 def _run_leased(

@@ -33,8 +33,11 @@ class Originals(Protocol):
     def copy(self, original: Path, to: Path) -> None:
         """Makes the file `to`. Raises OSError."""
 
-    def map_uncopied(self, original: Path, reason: str) -> Tensor:
-        """The tensor of a shard that could not be copied, for a reason in words. Raises where it cannot be read."""
+    def map_uncopied(self, original: Path, reason: str, error: OSError | None = None) -> Tensor:
+        """The tensor of a shard that could not be copied, for a reason in words. Raises where it cannot be read.
+
+        `error` is what that says, where there was one.
+        """
 
 
 class SharedOriginals:
@@ -46,7 +49,7 @@ class SharedOriginals:
     def copy(self, original: Path, to: Path) -> None:
         shutil.copyfile(original, to)
 
-    def map_uncopied(self, original: Path, reason: str) -> Tensor:
+    def map_uncopied(self, original: Path, reason: str, error: OSError | None = None) -> Tensor:
         _log.warning("%s; %s is read where it is", reason, original)
         return map_shard(original)
 
@@ -77,7 +80,7 @@ class NodeCopies:
                 if lack is None:
                     return map_shard(copy)
         except OSError as error:
-            lack = f"{self._root}: {error.strerror or error}"
+            return self._originals.map_uncopied(original, f"{self._root}: {error.strerror or error}", error)
         return self._originals.map_uncopied(original, lack)
 
     def _hold(self, part: Path) -> None:
@@ -93,6 +96,8 @@ class NodeCopies:
         if not self._make_room(size):
             return f"{self._root}: no room for {size} bytes"
         partial = copy.with_name(f"{copy.name}{PARTIAL_SUFFIX}")
+        # what a kill left there may be an original under another name, which a copy would be written over
+        partial.unlink(missing_ok=True)
         try:
             self._originals.copy(original, partial)
             with partial.open("rb") as file:

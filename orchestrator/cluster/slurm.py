@@ -43,9 +43,10 @@ class SlurmBackend:
         self._cluster = cluster
 
     def check(self, config: SweepConfig) -> None:
+        # before the plan, which asks a bucket with more patience
+        check_storage(config.name, config.storage)
         # the nodes have the same environment and folders, but not the same CPUs and GPUs
         make_plan(config, here=False)
-        check_storage(config.name, config.storage)
         partitions = _ask("sinfo", "--noheader", "--format=%R").split()
         wanted = self._cluster.partition
         if wanted is not None and wanted not in partitions:

@@ -16,6 +16,7 @@ from orchestrator.cluster.config import Cluster, load_cluster
 from orchestrator.cluster.job import OVER, Job, JobRecord, JobStatus, all_jobs, new_job
 from orchestrator.config import SweepConfig
 from orchestrator.storage.address import is_bucket
+from orchestrator.storage.opened import local_root
 from qkmodel.errors import InputError
 
 
@@ -69,7 +70,7 @@ def _refuse_twice(config: SweepConfig) -> None:
 
 def _same_place(job: Job, config: SweepConfig) -> bool:
     if is_bucket(job.record.storage) or is_bucket(config.storage):
-        return job.record.storage == config.storage
+        return local_root(job.record.storage) == local_root(config.storage)
     written = Path(job.record.working_directory, Path(job.record.storage).expanduser())
     return os.path.normpath(written) == os.path.normpath(Path(config.storage).expanduser().absolute())
 

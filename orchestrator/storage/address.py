@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from typing import Self
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, unquote, urlencode
 
 from qkmodel.errors import InputError
 from qkmodel.files import user_path
@@ -14,7 +14,7 @@ _BUCKET = {
 }
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
 _OPTIONS = {
-    "endpoint_override": re.compile(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", re.ASCII),
+    "endpoint_override": re.compile(r"[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*(:[0-9]{1,5})?", re.ASCII),
     "scheme": re.compile(r"https?", re.ASCII),
     "region": re.compile(r"[a-z0-9-]+", re.ASCII),
 }
@@ -42,7 +42,7 @@ class BucketAddress:
         if scheme not in _BUCKET:
             raise InputError("must be the path of a folder, or s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
         path, _, query = rest.partition("?")
-        if "@" in rest or any(_SECRET.search(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
+        if "@" in unquote(rest) or any(_SECRET.search(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
             raise InputError(
                 f"has credentials in it, which would lie in files; take them out and {credentials(scheme)}"
             )

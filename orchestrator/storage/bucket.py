@@ -49,7 +49,7 @@ class Bucket:
         """The working copy on this machine."""
         readable = re.sub(r"[^A-Za-z0-9]+", "-", self.address.key(""))[:40].strip("-")
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return user_cache_folder() / "storage" / f"{readable}-{digest}"
+        return working_copies() / f"{readable}-{digest}"
 
     def shown(self, path: Path) -> str:
         return self.address.url(self._name(path))
@@ -83,15 +83,22 @@ class Bucket:
                 self._send_file(file)
 
     def send_changed(self, file: Path) -> None:
-        with self._telling(self.shown(file)):
-            info = self._files.get_file_info(self._key(file))
-        if not (info.is_file and is_copy(file, _stamp(info))):
+        if not self.is_current(file):
             self._send_file(file)
 
+    def is_current(self, file: Path) -> bool:
+        """Whether `file` is a copy of its object."""
+        with self._telling(self.shown(file)):
+            info = self._files.get_file_info(self._key(file))
+        return info.is_file and is_copy(file, _stamp(info))
+
     def release(self, path: Path) -> None:
+        is_folder = path.is_dir()
         remove_local(path)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
+        # a folder beside it may be being made just now by another pack of the node
+        if not is_folder:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
     def fetch(self, path: Path, stamp: Stamp | None = None) -> bool:
         from pyarrow.fs import FileType
@@ -166,7 +173,8 @@ class Bucket:
     def remove(self, path: Path) -> None:
         from pyarrow.fs import FileType
 
-        with self._telling(self.shown(path)):
+        # a worker of a dead driver may remove the same
+        with contextlib.suppress(FileNotFoundError), self._telling(self.shown(path)):
             found = self._files.get_file_info(self._key(path)).type
             if found == FileType.Directory:
                 self._files.delete_dir(self._key(path))
@@ -193,9 +201,14 @@ class Bucket:
         os.utime(file, ns=(info.mtime_ns, info.mtime_ns))
 
     def _fetch_folder(self, folder: Path) -> bool:
-        for path, stamp in self.listing(folder).items():
+        listed = self.listing(folder)
+        for path in folder.rglob("*"):
+            # what has another name still is being fetched by another process
+            if path not in listed and path.is_file() and not path.name.endswith(PARTIAL_SUFFIX):
+                path.unlink(missing_ok=True)
+        for path, stamp in listed.items():
             self.fetch(path, stamp)
-        return True
+        return bool(listed)
 
     def _below(self, folder: Path, recursive: bool = True) -> "list[FileInfo]":
         from pyarrow.fs import FileSelector
@@ -256,6 +269,11 @@ class Bucket:
         if _NO_BUCKET.search(text):
             return "make it, or write the name of one"
         return credentials(self.address.scheme)
+
+
+def working_copies() -> Path:
+    """Those of all buckets on this machine, which no other sees."""
+    return user_cache_folder() / "storage"
 
 
 def _reason(text: str) -> str:

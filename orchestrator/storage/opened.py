@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 from orchestrator.storage.address import BucketAddress, check_storage_text, is_bucket
 from orchestrator.storage.bucket import Bucket
@@ -27,7 +28,9 @@ def open_in_bucket(url: str, parts: int = 1) -> tuple[Bucket, Path]:
     try:
         address, name = BucketAddress.parse(url).split(parts)
     except InputError as error:
-        raise InputError(f"{url.partition('?')[0]}: {error}") from error
+        # credentials stand before an @, or after the ?
+        shown = url.partition("?")[0] if "@" not in unquote(url) else f"{url.partition('://')[0]}://…"
+        raise InputError(f"{shown}: {error}") from error
     bucket = _bucket(address.text)
     return bucket, bucket.root / name
 

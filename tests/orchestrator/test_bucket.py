@@ -6,16 +6,21 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import NativeFile
 
 from orchestrator.checkpoints import Checkpoints, checkpoint_path, drop_older
+from orchestrator.ledger_pointer import POINTER_FILE, LedgerPointer
 from orchestrator.pack_files import PackFiles
-from orchestrator.pack_order import CopiesOrder
+from orchestrator.pack_order import CopiesOrder, PackOrder
 from orchestrator.permit import BUCKET_SECONDS, Permit, PermitReader, ask_to_stop, grant
 from orchestrator.storage.bucket import Bucket
 from orchestrator.storage.shared import StorageGivesOut
+from orchestrator.storage_check import check_bucket
 from orchestrator.stored_cache import StoredCache
 from qkmodel.activation_request import CacheRequest
 from qkmodel.activations import MANIFEST, SPLITS, TOKENS, ActivationCache, Manifest, parse_manifest
+from qkmodel.errors import InputError
+from qkmodel.files import PARTIAL_SUFFIX
 from tests.orchestrator.bucket_world import FolderAsStore, bucket_in
 from tests.orchestrator.test_pack_order import small_order
 from tests.qkmodel.world import LAYER, SmallWorld, make_world
@@ -74,6 +79,39 @@ def test_what_was_sent_is_fetched_once_and_again_when_it_changed(bucket: Bucket,
     bucket.remove(file)
     assert not bucket.fetch(file) and not file.exists() and bucket.read(file) is None
     assert not list(bucket.root.rglob("*.partial"))
+
+
+def test_a_folder_is_fetched_as_it_is_in_the_bucket(bucket: Bucket) -> None:
+    folder = bucket.root / "l1" / "dictionaries" / "id-0001"
+    for name in FILES:
+        put(folder / name)
+    bucket.send(folder)
+    bucket.remove(folder / FILES[0])
+    being_fetched = put(folder / f".{FILES[0]}.0{PARTIAL_SUFFIX}")
+    put(folder / FILES[0])
+    assert bucket.fetch(folder)
+    assert {path.name for path in folder.iterdir()} == {*FILES[1:], being_fetched.name}
+
+
+def test_what_another_process_removed_just_now_is_removed(
+    bucket: Bucket, store: FolderAsStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(key: str) -> None:
+        raise FileNotFoundError(key)
+
+    file = put(bucket.root / "l1" / "file")
+    bucket.send(file)
+    monkeypatch.setattr(store, "delete_file", gone, raising=False)
+    bucket.remove(file)
+    assert not file.exists()
+
+
+def test_a_dictionary_that_was_handed_over_leaves_the_folder_that_other_packs_write_to(bucket: Bucket) -> None:
+    folder = bucket.root / "l1" / "dictionaries" / "id-0001"
+    put(folder / FILES[0])
+    bucket.send(folder)
+    bucket.release(folder)
+    assert not folder.exists() and folder.parent.is_dir()
 
 
 def test_what_was_fetched_and_is_as_it_was_is_not_sent_again(bucket: Bucket, store: FolderAsStore) -> None:
@@ -206,6 +244,20 @@ def test_a_shard_that_was_damaged_and_built_again_replaces_the_one_in_the_bucket
     assert bucket.read(folder / name) == (world.cache.folder / name).read_bytes()
 
 
+def test_what_this_machine_has_otherwise_replaces_nothing_in_the_bucket(world: SmallWorld, bucket: Bucket) -> None:
+    folder = copy_of(world, bucket)
+    StoredCache(folder, bucket).send()
+    name = next(iter(world.cache.manifest.shards))
+    sent = bucket.read(folder / name)
+    # built here once and never sent; of a layer, say, that this start does not ask for
+    (folder / name).write_bytes(b"x" * len(sent))
+    cache = StoredCache(folder, bucket)
+    cache.refresh()
+    cache.send()
+    assert bucket.read(folder / name) == sent
+    assert parse_manifest(bucket.read(folder / MANIFEST), "").shards == world.cache.manifest.shards
+
+
 def test_a_pack_reads_copies_and_the_drivers_machine_holds_them_once(
     world: SmallWorld, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +284,12 @@ def test_a_pack_reads_copies_and_the_drivers_machine_holds_them_once(
         PackFiles.of(full).open_cache().read(LAYER, "validation", [0])
 
 
+def test_a_ledgers_place_that_cannot_be_read_is_named_by_its_address(bucket: Bucket) -> None:
+    bucket.write(bucket.root / "l1" / POINTER_FILE, b"nonsense")
+    with pytest.raises(InputError, match=r"^s3://bucket/runs/l1/ledger.json: does not say where"):
+        LedgerPointer.read(bucket.root / "l1", bucket)
+
+
 def test_an_empty_manifest_is_nothing_to_send(world: SmallWorld, bucket: Bucket, store: FolderAsStore) -> None:
     folder = bucket.root / "activations" / "none"
     cache = StoredCache(folder, bucket)
@@ -239,3 +297,54 @@ def test_an_empty_manifest_is_nothing_to_send(world: SmallWorld, bucket: Bucket,
     cache.fetch(request_of(world))
     cache.send()
     assert store.uploads == [] and Manifest.empty(world.cache.manifest.key).shards == {}
+
+
+@pytest.fixture
+def order(world: SmallWorld, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> PackOrder:
+    """Of a pack on the driver's machine, whose cache is in the bucket."""
+    folder = copy_of(world, bucket)
+    StoredCache(folder, bucket).send()
+    reference = put(folder / "reference" / "r.safetensors")
+    bucket.send(reference)
+    monkeypatch.setattr("orchestrator.pack_files.open_storage", lambda url: bucket)
+    return small_order(bucket.url, bucket.root, folder, reference)
+
+
+def test_a_kill_between_a_link_and_its_name_is_no_hindrance(
+    world: SmallWorld, order: PackOrder, tmp_path: Path
+) -> None:
+    PackFiles.of(order).open_cache().read(LAYER, "validation", [0])
+    (copy,) = (tmp_path / "home" / "qkmodel" / "shards").rglob("*.safetensors")
+    copy.rename(copy.with_name(f"{copy.name}{PARTIAL_SUFFIX}"))
+    cache = PackFiles.of(order).open_cache()
+    assert cache.read(LAYER, "validation", [0]).equal(world.cache.read(LAYER, "validation", [0]))
+    assert copy.exists()
+
+
+def test_a_node_with_another_file_reads_what_is_in_the_bucket(world: SmallWorld, order: PackOrder) -> None:
+    shard = order.cache_folder / f"L{LAYER:02d}" / "validation-00000.safetensors"
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    cache = PackFiles.of(order).open_cache()
+    assert cache.read(LAYER, "validation", [0]).equal(world.cache.read(LAYER, "validation", [0]))
+
+
+def test_a_store_that_is_away_is_said_as_that(
+    order: PackOrder, store: FolderAsStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(key: str) -> NativeFile:
+        raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "node"))
+    cache = PackFiles.of(order).open_cache()
+    monkeypatch.setattr(store, "open_input_stream", away)
+    with pytest.raises(StorageGivesOut, match=r"^s3://[^ ]*: no server answers; once that is mended[^;]*$"):
+        cache.read(LAYER, "validation", [0])
+
+
+def test_a_look_that_fails_in_any_way_is_a_refusal(store: FolderAsStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(key: str) -> NativeFile:
+        raise FileNotFoundError(f"{key}: is gone")
+
+    monkeypatch.setattr(store, "open_output_stream", gone)
+    with pytest.raises(FileNotFoundError):
+        check_bucket("s3://bucket/runs")

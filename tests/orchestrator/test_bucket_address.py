@@ -1,12 +1,21 @@
 """Addresses of buckets: written one way, refused in one line, and never with a secret in it."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.cli import run
+from orchestrator.cluster.submission import _same_place
+from orchestrator.config import load_sweep
+from orchestrator.ledger_place import named_places
 from orchestrator.storage.address import BucketAddress, check_storage_text
 from orchestrator.storage.bucket import Bucket
+from orchestrator.storage.opened import open_in_bucket
 from qkmodel.errors import InputError
+from tests.orchestrator.sweep_files import write_sweep
 
 BUCKETS = st.from_regex(r"[a-z0-9][a-z0-9-]{1,40}[a-z0-9]", fullmatch=True)
 PARTS = st.lists(st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,10}", fullmatch=True), max_size=4)
@@ -50,6 +59,7 @@ def test_the_order_of_options_and_a_last_slash_say_nothing() -> None:
         ("s3://bucket/a b", "single slashes"),
         ("s3://bucket/runs?endpoint=x", "endpoint: is nothing to write after the ?"),
         ("s3://bucket/runs?endpoint_override=http://x:1", "is not HOST:PORT"),
+        ("s3://bucket/runs?endpoint_override=a..b:9000", "is not HOST:PORT"),
         ("s3://bucket/runs?scheme=http&scheme=https", "twice"),
         ("gs://bucket/runs?region=europe", "region: is nothing to write after the ?"),
         ("s3://bucket/runs#part", "single slashes"),
@@ -66,12 +76,39 @@ def test_what_is_no_address_is_refused(text: str, said: str) -> None:
     [
         "s3://AKIAHUSHHUSH:hush-hush@bucket/runs",
         "s3://hush-hush@bucket/runs",
+        "s3://AKIAHUSH:hush%40bucket/runs",
+        "s3://bucket/runs?endpoint_override=somebody:hush%40127.0.0.1:9000",
         "s3://bucket/runs?access_key=hush-hush&secret_key=hush-hush",
         "s3://bucket/runs?session_token=hush-hush",
         "gs://bucket/runs?access_token=hush-hush",
     ],
 )
 def test_credentials_are_refused_and_not_shown(text: str) -> None:
-    with pytest.raises(InputError) as refused:
-        check_storage_text(text)
-    assert "has credentials in it" in str(refused.value) and "hush" not in str(refused.value).lower()
+    for read in (check_storage_text, open_in_bucket):
+        with pytest.raises(InputError) as refused:
+            read(text)
+        assert "has credentials in it" in str(refused.value) and "hush" not in str(refused.value).lower()
+
+
+AWAY = "s3://bucket/runs/l1?endpoint_override=127.0.0.1:9&scheme=http"
+
+
+def test_a_sweep_named_in_a_bucket_that_is_away_is_refused_at_once(tmp_path: Path) -> None:
+    config = load_sweep(write_sweep(tmp_path), [])
+    with pytest.raises(InputError, match="no server answers there"):
+        next(named_places("search.warm_start", AWAY, config))
+
+
+def test_a_bucket_for_the_corpus_on_a_page_is_looked_at_before_the_dictionary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = str(tmp_path / "page.html")
+    words = ["explain", str(tmp_path / "none"), "--head", "0", "--prompt", "Mary", "--output", page, "--storage", AWAY]
+    assert run(words) == 2
+    assert "no server answers there" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("other", ["s3://bucket/runs/", "s3://bucket/other", "runs"])
+def test_jobs_in_a_bucket_are_of_one_place_however_it_is_written(other: str) -> None:
+    job = SimpleNamespace(record=SimpleNamespace(storage=other, working_directory="/work"))
+    assert _same_place(job, SimpleNamespace(storage="s3://bucket/runs")) is (other == "s3://bucket/runs/")

@@ -3,14 +3,18 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.choice import apply_rule, parse_rule
 from orchestrator.config import SweepConfig
+from orchestrator.preparation import _in_storage
 from orchestrator.registry import register
 from orchestrator.source_dictionaries import SourceDictionary, source_dictionaries
 from orchestrator.status import study_statuses
+from orchestrator.storage.bucket import working_copies
+from orchestrator.storage.shared import SHARED
 from qkmodel.configs import ModelConfig
 from qkmodel.dictionary import load_dictionary, save_dictionary
 from qkmodel.errors import InputError
@@ -96,3 +100,18 @@ def test_a_dictionary_of_another_model_is_refused(storage: Path, tmp_path: Path)
     save_dictionary(tmp_path / "foreign", dictionary.transcoder, dictionary.attention, config)
     with pytest.raises(InputError, match="with other weights than smollm2-135m"):
         sources(storage, str(tmp_path / "foreign"))
+
+
+@pytest.mark.parametrize("is_in_bucket", [True, False])
+def test_what_a_bucket_has_is_copied_to_where_all_nodes_see_it(
+    is_in_bucket: bool, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    one = sources(storage, "small")[8][0]
+    folder = (working_copies() if is_in_bucket else tmp_path / "shared") / "one"
+    shutil.copytree(one.folder, folder)
+    config = SimpleNamespace(storage=str(tmp_path / "other"))
+    plan = SimpleNamespace(storage=SHARED, config=config, cache_root=tmp_path / "other" / "activations")
+    found = _in_storage(plan, replace(one, folder=folder))
+    assert found.folder.is_relative_to(tmp_path / "other") is is_in_bucket
+    load_dictionary(found.folder, one.sha256)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster.backend import refuse_relative_tracking
+from orchestrator.cluster.config import SlurmCluster
+from orchestrator.cluster.slurm import SlurmBackend
 from orchestrator.config import load_sweep
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import write_sweep
@@ -49,3 +51,16 @@ def test_a_database_in_a_folder_that_is_thrown_away_is_refused(tracking: str, tm
 @pytest.mark.parametrize("tracking", [None, "http://mlflow:5000", "sqlite:////data/mlflow.db", "postgresql://h/mlflow"])
 def test_other_stores_are_not(tracking: str | None, tmp_path: Path) -> None:
     refuse_relative_tracking(load_sweep(write_sweep(tmp_path, tracking=tracking), []))
+
+
+def test_a_bucket_that_does_not_do_is_refused_before_slurm_or_the_bucket_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, storage: str) -> None:
+        raise InputError(f"storage: {storage}: no server answers")
+
+    monkeypatch.setattr("orchestrator.cluster.slurm.check_storage", refuse)
+    servers = {"ledger": "postgresql://localhost:9/ledgers", "tracking": "http://localhost:9"}
+    config = load_sweep(write_sweep(tmp_path, storage="s3://bucket/runs?endpoint_override=127.0.0.1:9", **servers))
+    with pytest.raises(InputError, match=r"^storage: s3://bucket/runs\S+ no server answers$"):
+        SlurmBackend(SlurmCluster(backend="slurm")).check(config)
