@@ -222,7 +222,8 @@ def find_damage(folder: Path, sha256: str) -> str | None:
 def _parse_config(path: Path, content: bytes) -> DictionaryConfig:
     try:
         found = json.loads(content).get("format")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
+        # ValueError: broken JSON, text that is not UTF-8, and whole numbers of more digits than Python reads
         raise InputError(f"{path}: not JSON as save_dictionary writes it ({error})") from error
     if found != DICTIONARY_FORMAT:
         raise InputError(f"{path}: dictionary format {found!r}; this version reads format {DICTIONARY_FORMAT}")
@@ -231,7 +232,7 @@ def _parse_config(path: Path, content: bytes) -> DictionaryConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}") from error
+        raise InputError(": ".join(part for part in (str(path), where, first["msg"]) if part)) from error
 
 
 def _checked_tensors(path: Path, config: DictionaryConfig) -> dict[str, Tensor]:

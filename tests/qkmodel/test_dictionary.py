@@ -127,6 +127,11 @@ def test_a_forged_size_is_compared_before_it_is_allocated(saved: tuple[Path, str
     [
         (b"", "not JSON"),
         (b"[1]", "not JSON"),
+        # deeper than Python's parser goes, and a number of more digits than it reads
+        (b"[" * 100_000, "not JSON"),
+        (b'{"format": ' + b"1" * 5_000 + b"}", "not JSON"),
+        # a byte order mark, which Python's parser takes and pydantic's does not
+        (b'\xef\xbb\xbf{"format": 2}', r"config\.json: Invalid JSON"),
         (b'{"format": 1}', "format 1; this version reads format 2"),
         (b'{"format": 2}', "training_id"),
     ],
