@@ -10,11 +10,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -90,6 +90,13 @@ class DictionaryConfig(Schema):
     versions: dict[str, str]
     git_sha: str | None
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 by file name")
+
+    @model_validator(mode="after")
+    def _of_one_layer(self) -> Self:
+        # else it would be tried on the inputs of a layer that it does not explain
+        if self.model.layer != self.geometry.layer:
+            raise ValueError(f"model.layer {self.model.layer} is not geometry.layer {self.geometry.layer}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,14 @@ def test_a_config_that_is_none_is_refused(saved: tuple[Path, str], content: byte
         load_dictionary(saved[0])
 
 
+def test_a_config_of_two_layers_is_refused(saved: tuple[Path, str]) -> None:
+    config = json.loads((saved[0] / CONFIG_FILE).read_text())
+    config["model"]["layer"] += 1
+    (saved[0] / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"model\.layer {LAYER + 1} is not geometry\.layer {LAYER}"):
+        load_dictionary(saved[0])
+
+
 def test_a_folder_without_a_dictionary_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json: cannot be read"):
         load_dictionary(tmp_path / "nothing")
