@@ -45,13 +45,22 @@ def read_prompt(prompt: str | None, text: Path | None) -> str:
     if (prompt is None) == (text is None):
         raise InputError("--prompt: give the text, or --text with a file that holds it, and not both")
     if text is None:
-        return prompt
+        return _of_whole_characters(prompt)
     try:
         return text.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"--text: {text}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"--text: {text}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _of_whole_characters(prompt: str) -> str:
+    """Bytes of the command line that are not UTF-8 arrive as halves of characters, which no tokeniser takes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"--prompt: is not UTF-8 text (at character {error.start})") from error
+    return prompt
 
 
 def explain(
@@ -76,8 +85,13 @@ def explain(
     model = load_language_model(harmless)
     if model.description.weights_sha256 != config.model.weights_sha256:
         raise InputError(f"model {config.model.config.name}: is not the one that the dictionary was trained on")
-    tokens = _tokens(model, config.corpus.bos or "", prompt)
     layer = config.geometry.layer
+    if layer >= model.description.n_layers:
+        raise InputError(
+            f"the dictionary is of layer {layer}; model {config.model.config.name} has layers 0 to "
+            f"{model.description.n_layers - 1}"
+        )
+    tokens = _tokens(model, config.corpus.bos or "", prompt)
     x = model.attention_inputs(tokens, [layer])[layer][0]
     found = explain_head(dictionary.transcoder, dictionary.attention, x, head, keys, pairs, kept)
     return found, token_texts(model.tokenizer, tokens[0].tolist()), partial(token_texts, model.tokenizer)

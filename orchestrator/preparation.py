@@ -20,6 +20,7 @@ from qkmodel.errors import InputError
 from qkmodel.pair_mask.candidates import candidates_path, find_candidates, read_candidates
 from qkmodel.progress import TokenProgress
 from qkmodel.reference import LayerReference, ensure_reference, reference_path
+from qkmodel.tensor_file import UnknownFormat
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _source(
     most = source.candidates(masks.candidates)
     path = candidates_path(cache.folder / "candidates", source.sha256, masks.calibration_sequences, most)
     plan.storage.fetch(path)
-    if not _is_whole(path):
+    if not _is_whole(path, source.sha256, masks.calibration_sequences):
         say(f"dictionary {source.name}: looking for the {counted(most, 'pair')} that matter most")
         find_candidates(
             path,
@@ -137,10 +138,13 @@ def _open_source(source: SourceDictionary, storage: Storage) -> Dictionary:
         return load_dictionary(source.folder, source.sha256)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, dictionary_sha256: str, calibration_sequences: int) -> bool:
     try:
-        read_candidates(path)
+        read_candidates(path, dictionary_sha256, calibration_sequences)
+    except UnknownFormat:
+        # another version's, which may be at work with it
+        raise
     except (FileNotFoundError, InputError):
-        # a damaged one is made again
+        # a damaged one, or another dictionary's, is made again
         return False
     return True

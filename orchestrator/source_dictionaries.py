@@ -17,6 +17,7 @@ from qkmodel.dictionary import (
     Dictionary,
     DictionaryConfig,
     dictionary_sha256,
+    find_damage,
     find_loss,
     read_dictionary_config,
 )
@@ -62,7 +63,7 @@ def source_dictionaries(
 ) -> dict[int, tuple[SourceDictionary, ...]]:
     """The dictionaries of each layer that the sweep file asks for, each once; none where its task is another.
 
-    Raises InputError for a reference that names nothing, for a dictionary of another model or layer or one that is
+    Raises InputError for a reference that names nothing, for a dictionary that is damaged, of another model or layer or
     masked already, and for a layer that has none.
     """
     if config.pair_mask is None:
@@ -86,6 +87,9 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
         folder = user_path(_KEY, reference).absolute()
         if (folder / CONFIG_FILE).is_file():
             found, sha256 = read_dictionary_config(folder)
+            damage = find_damage(folder, sha256)
+            if damage is not None:
+                raise InputError(f"{_KEY}: {reference}: {damage}; name another, or one that is whole")
             yield SourceDictionary(folder, sha256, found)
             return
     for place in named_places(_KEY, reference, config):
@@ -119,7 +123,10 @@ def _fetch(reference: str, address: str) -> Dictionary:
 
 
 def _fronts(ledger: Ledger, reference: str, layers: tuple[int, ...]) -> Iterator[SourceDictionary]:
-    for study in ledger.studies():
+    studies = ledger.studies()
+    if studies and all(study.task != "transcoder" for study in studies):
+        raise InputError(f"{_KEY}: {reference}: is a sweep of pair masks; name that of the dictionaries")
+    for study in studies:
         if not study.is_current or study.layer not in layers or study.task != "transcoder":
             continue
         for training in front_trainings(ledger.trainings(study.study_id)):
@@ -127,6 +134,12 @@ def _fronts(ledger: Ledger, reference: str, layers: tuple[int, ...]) -> Iterator
             loss = find_loss(folder, training.dictionary_sha256)
             if loss is not None:
                 raise InputError(f"{_KEY}: {reference}: {loss}; start that sweep again, which trains it anew")
+            damage = find_damage(folder, training.dictionary_sha256)
+            if damage is not None:
+                raise InputError(
+                    f"{_KEY}: {reference}: {damage}; delete that folder and start that sweep again, which trains it "
+                    "anew"
+                )
             yield SourceDictionary(
                 folder, training.dictionary_sha256, read_dictionary_config(folder, training.dictionary_sha256)[0]
             )

@@ -10,11 +10,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -90,6 +90,13 @@ class DictionaryConfig(Schema):
     versions: dict[str, str]
     git_sha: str | None
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 by file name")
+
+    @model_validator(mode="after")
+    def _of_one_layer(self) -> Self:
+        # else it would be tried on the inputs of a layer that it does not explain
+        if self.model.layer != self.geometry.layer:
+            raise ValueError(f"model.layer {self.model.layer} is not geometry.layer {self.geometry.layer}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -222,7 +229,8 @@ def find_damage(folder: Path, sha256: str) -> str | None:
 def _parse_config(path: Path, content: bytes) -> DictionaryConfig:
     try:
         found = json.loads(content).get("format")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
+        # ValueError: broken JSON, text that is not UTF-8, and whole numbers of more digits than Python reads
         raise InputError(f"{path}: not JSON as save_dictionary writes it ({error})") from error
     if found != DICTIONARY_FORMAT:
         raise InputError(f"{path}: dictionary format {found!r}; this version reads format {DICTIONARY_FORMAT}")
@@ -231,7 +239,7 @@ def _parse_config(path: Path, content: bytes) -> DictionaryConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}") from error
+        raise InputError(": ".join(part for part in (str(path), where, first["msg"]) if part)) from error
 
 
 def _checked_tensors(path: Path, config: DictionaryConfig) -> dict[str, Tensor]:

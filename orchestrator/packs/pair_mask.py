@@ -26,7 +26,10 @@ class MaskPack:
         self._orders = {name: order.sources[name] for name in named}
         self._dictionaries = {name: load_dictionary(one.folder, one.sha256) for name, one in self._orders.items()}
         sources = {
-            name: MaskSource(self._dictionaries[name].transcoder, read_candidates(one.candidates))
+            name: MaskSource(
+                self._dictionaries[name].transcoder,
+                read_candidates(one.candidates, one.sha256, one.calibration_sequences),
+            )
             for name, one in self._orders.items()
         }
         self.trainer = MaskPackTrainer(

@@ -72,6 +72,8 @@ def write_explanation(
     )
     page = environment.get_template("explanation.html.jinja").render(
         config=dictionary.config,
+        # counted, since metrics are what anybody may have edited
+        kept=None if dictionary.kept_pairs is None else len(dictionary.kept_pairs.pairs),
         found=found,
         tokens=tokens,
         pairs=shown,

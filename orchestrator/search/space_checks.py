@@ -24,6 +24,8 @@ from qkmodel.tasks import HYPERPARAMETERS, defaults, parse_hyperparameters, task
 
 # as many as a search may have trainings
 MOST_POINTS = 100_000
+# what is empty does not say of which task it is
+_AT_LEAST = "name dictionary_size, activation and learning_rate at least, or pair_cost in a sweep of pair masks"
 
 
 def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings: int) -> None:
@@ -39,7 +41,7 @@ def validate_space(alternatives: Sequence[Alternative], sampler: str, trainings:
             alternatives), the value and what would be right.
     """
     if not alternatives:
-        raise InputError("search.space: is empty; name dictionary_size, activation and learning_rate at least")
+        raise InputError(f"search.space: is empty; {_AT_LEAST}")
     for index, alternative in enumerate(alternatives):
         where = "search.space" if len(alternatives) == 1 else f"search.space[{index}]"
         _check_alternative(where, alternative, sampler)
@@ -75,14 +77,14 @@ def _normalised(alternative: Alternative) -> dict[str, Any]:
 
 def _check_alternative(where: str, alternative: Alternative, sampler: str) -> None:
     if not alternative:
-        raise InputError(f"{where}: is empty; name dictionary_size, activation and learning_rate at least")
+        raise InputError(f"{where}: is empty; {_AT_LEAST}")
     for name, setting in alternative.items():
         key = f"{where}.{name}"
-        known = HYPERPARAMETERS[task_of(alternative)].model_fields
-        if name not in known:
-            raise InputError(f"{key}: unknown hyperparameter; {_suggestion(name, known)}")
         if name == "dictionary":
             raise InputError(f"{key}: is not written here; pair_mask.dictionaries says whose pairs are masked")
+        known = [one for one in HYPERPARAMETERS[task_of(alternative)].model_fields if one != "dictionary"]
+        if name not in known:
+            raise InputError(f"{key}: unknown hyperparameter; {_suggestion(name, known)}")
         if isinstance(setting, Range):
             _check_range(key, name, setting, sampler)
         else:

@@ -10,6 +10,7 @@ import torch
 
 from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
+from qkmodel.errors import InputError
 from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.saliency import SalientPairs, passes, salient_pairs
 from qkmodel.pair_mask.score_terms import SequenceCodes, sequence_codes
@@ -62,9 +63,19 @@ def find_candidates(
     write_tensor_file(path, header, {name: torch.from_numpy(values) for name, values in tensors.items()})
 
 
-def read_candidates(path: Path) -> SalientPairs:
-    """Raises InputError when the file is damaged, and OSError when it cannot be read at all."""
+def read_candidates(path: Path, dictionary_sha256: str, calibration_sequences: int) -> SalientPairs:
+    """The pairs of this dictionary on so many sequences.
+
+    Raises InputError when the file is damaged or another one's, UnknownFormat as `read_tensor_file`, and OSError when
+    it cannot be read at all.
+    """
     header, tensors = read_tensor_file(path, CandidatesHeader)
+    if (header.dictionary_sha256, header.calibration_sequences) != (dictionary_sha256, calibration_sequences):
+        # its numbers would name other pairs, or some that are not there
+        raise InputError(
+            f"{path}: holds the pairs of dictionary {header.dictionary_sha256[:16]} on {header.calibration_sequences} "
+            "sequences; delete it to start over"
+        )
     pairs = PairSet.from_numbers(tensors["numbers"].numpy(), header.shape)
     return SalientPairs(pairs, tensors["saliency"].numpy(), header.salient)
 

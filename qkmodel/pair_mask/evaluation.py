@@ -62,6 +62,7 @@ def evaluate_mask(
         whole.add(one, final_scores(terms.scores, layer))
         sums.add(terms, one, pool)
     shares = sums.shares()
+    few = shares.pairs_for(VARIANCE_SHARE)
     spread = without.value - whole.value
     paired = kept.pairs_of_rows.reshape(heads, queries).any(0).sum()
     metrics = {
@@ -74,7 +75,7 @@ def evaluate_mask(
         "pairs_share_active": len(kept) / max(1, salient_pairs),
         "unpaired_query": 1 - float(paired) / queries,
         "unpaired_key": 1 - len(np.unique(kept.key_features)) / keys,
-        "pairs_for_90": float(shares.pairs_for(VARIANCE_SHARE)),
+        "pairs_for_90": None if few is None else float(few),
         "variance_share": float(shares.variance_share.sum()) / heads,
     }
     return metrics | {f"pairs_head_{head:02d}": float(n) for head, n in enumerate(kept.pairs_of_heads)}, shares

@@ -29,14 +29,17 @@ class PairShares:
     count: Int64[np.ndarray, "pairs"]
     variance_share: Float64[np.ndarray, "pairs"]
 
-    def pairs_for(self, share: float) -> int:
+    def pairs_for(self, share: float) -> int | None:
         """How few of the pairs make up this share of what all of them together explain, mean over heads.
 
-        Pairs work against each other too: the largest shares can come to more than all do.
+        Pairs work against each other too: the largest shares can come to more than all do. They also work against the
+        bias terms, and where together they explain nothing or less there is no such number: None.
         """
         wanted = share * self.variance_share.sum()
+        if wanted <= 0:
+            return None
         reached = np.cumsum(np.sort(np.maximum(self.variance_share, 0))[::-1])
-        return int(np.searchsorted(reached, wanted) + 1) if wanted > 0 else 0
+        return int(np.searchsorted(reached, wanted) + 1)
 
 
 class ShareSums:

@@ -103,7 +103,7 @@ def test_reports_on_the_way_and_a_dictionary_with_its_pairs(
     assert len(dictionary.kept_pairs.pairs) == final.metrics["pairs_kept"] > 0
     source = sources[sorted(sources)[0]]
     of_source = load_dictionary(source.folder, source.sha256)
-    candidates = read_candidates(source.candidates)
+    candidates = read_candidates(source.candidates, source.sha256, CALIBRATION)
     assert set(dictionary.kept_pairs.pairs.numbers) < set(candidates.pairs.numbers)
     assert dictionary.config.pair_mask.source_sha256 == source.sha256
     # the kl beside it is that of the dictionary whose pairs they are
@@ -161,8 +161,9 @@ def test_finding_candidates_tells_how_far_it_is_over_all_passes(
 def test_candidates_come_back_as_they_were_found_and_damage_is_seen(
     sources: dict[str, SourceOrder], tmp_path: Path
 ) -> None:
-    path = next(iter(sources.values())).candidates
-    found = read_candidates(path)
+    source, other = sources.values()
+    path = source.candidates
+    found = read_candidates(path, source.sha256, CALIBRATION)
     assert len(found.pairs) <= found.salient and (found.saliency > 0).all()
     assert (np.diff(found.pairs.numbers) > 0).all()
     broken = tmp_path / "broken.safetensors"
@@ -170,4 +171,7 @@ def test_candidates_come_back_as_they_were_found_and_damage_is_seen(
     content[-1] ^= 1
     broken.write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
-        read_candidates(broken)
+        read_candidates(broken, source.sha256, CALIBRATION)
+    for sha256, sequences in ((other.sha256, CALIBRATION), (source.sha256, CALIBRATION + 1)):
+        with pytest.raises(InputError, match="holds the pairs of dictionary"):
+            read_candidates(path, sha256, sequences)

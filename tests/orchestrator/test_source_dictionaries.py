@@ -19,7 +19,7 @@ from qkmodel.configs import ModelConfig
 from qkmodel.dictionary import load_dictionary, save_dictionary
 from qkmodel.errors import InputError
 from qkmodel.model_description import describe_model
-from tests.orchestrator.dictionaries import FRONT, make_sweep
+from tests.orchestrator.dictionaries import FRONT, IDENTITY, make_sweep
 
 
 @pytest.fixture
@@ -84,7 +84,14 @@ def test_what_cannot_be_a_source_is_one_line(storage: Path) -> None:
     one = sources(storage, "small")[8][0]
     with pytest.raises(InputError, match="is of layer 8, which is not among layers"):
         sources(storage, str(one.folder), layers=(3,))
+    with (one.folder / "transcoder.safetensors").open("ab") as file:
+        file.write(b"x")
+    for reference in ("small", str(one.folder)):
+        with pytest.raises(InputError, match=r"transcoder\.safetensors is damaged or was changed"):
+            sources(storage, reference)
     (one.folder / "transcoder.safetensors").unlink()
+    with pytest.raises(InputError, match="is gone; name another"):
+        sources(storage, str(one.folder))
     with pytest.raises(InputError, match="is gone; start that sweep again"):
         sources(storage, "small")
     shutil.rmtree(one.folder)
@@ -115,3 +122,11 @@ def test_what_a_bucket_has_is_copied_to_where_all_nodes_see_it(
     found = _in_storage(plan, replace(one, folder=folder))
     assert found.folder.is_relative_to(tmp_path / "other") is is_in_bucket
     load_dictionary(found.folder, one.sha256)
+
+
+def test_a_sweep_of_masks_is_no_source(storage: Path) -> None:
+    ledger = make_sweep(storage, "masks", fronts={})
+    ledger.open_study("study", "pair_mask", 8, IDENTITY, model="smollm2-135m", corpus="sotu")
+    ledger.close()
+    with pytest.raises(InputError, match="masks: is a sweep of pair masks; name that of the dictionaries"):
+        sources(storage, "masks")

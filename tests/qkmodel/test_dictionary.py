@@ -127,6 +127,11 @@ def test_a_forged_size_is_compared_before_it_is_allocated(saved: tuple[Path, str
     [
         (b"", "not JSON"),
         (b"[1]", "not JSON"),
+        # deeper than Python's parser goes, and a number of more digits than it reads
+        (b"[" * 100_000, "not JSON"),
+        (b'{"format": ' + b"1" * 5_000 + b"}", "not JSON"),
+        # a byte order mark, which Python's parser takes and pydantic's does not
+        (b'\xef\xbb\xbf{"format": 2}', r"config\.json: Invalid JSON"),
         (b'{"format": 1}', "format 1; this version reads format 2"),
         (b'{"format": 2}', "training_id"),
     ],
@@ -134,6 +139,14 @@ def test_a_forged_size_is_compared_before_it_is_allocated(saved: tuple[Path, str
 def test_a_config_that_is_none_is_refused(saved: tuple[Path, str], content: bytes, words: str) -> None:
     (saved[0] / CONFIG_FILE).write_bytes(content)
     with pytest.raises(InputError, match=words):
+        load_dictionary(saved[0])
+
+
+def test_a_config_of_two_layers_is_refused(saved: tuple[Path, str]) -> None:
+    config = json.loads((saved[0] / CONFIG_FILE).read_text())
+    config["model"]["layer"] += 1
+    (saved[0] / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"model\.layer {LAYER + 1} is not geometry\.layer {LAYER}"):
         load_dictionary(saved[0])
 
 

@@ -1,8 +1,10 @@
 """The page of `orchestrate explain`: contexts from a real cache, every text escaped."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from orchestrator.report.explanation_page import write_explanation
@@ -12,6 +14,8 @@ from qkmodel.errors import InputError
 from qkmodel.files import require_place
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pair_mask.explanation import HeadExplanation, explain_head
+from qkmodel.pair_mask.kept_pairs import KeptPairs
+from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.transcoder import initialise_qk_transcoder
 from tests.qkmodel.world import CONTEXT, LAYER, make_world
 
@@ -67,6 +71,23 @@ def test_without_activations_the_page_says_what_is_left_out(explained, tmp_path:
     page = tmp_path / "page.html"
     (line,) = write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, str(tmp_path))
     assert line.startswith("where pairs meet in the corpus is left out") and "Left out" in page.read_text()
+
+
+def test_a_masks_page_counts_the_pairs_itself(explained, tmp_path: Path) -> None:
+    storage, dictionary, found = explained
+    assert "are kept" not in written(explained, tmp_path)
+    numbers = np.arange(1234)
+    pairs = PairSet.from_numbers(numbers, (dictionary.config.geometry.n_heads, 16, 16))
+    masked = replace(dictionary, kept_pairs=KeptPairs(pairs, numbers.astype(np.float32), numbers, numbers))
+    content = written((storage, masked, found), tmp_path)
+    assert "of whose pairs 1,234 are kept" in content and "of every kept pair" in content
+    assert "<th>not kept</th>" in content
+
+
+def written(explained, folder: Path) -> str:
+    storage, dictionary, found = explained
+    write_explanation(folder / "page.html", dictionary, found, texts(range(CONTEXT)), texts, storage)
+    return (folder / "page.html").read_text()
 
 
 def test_a_place_without_room_for_a_page_is_refused(tmp_path: Path) -> None:

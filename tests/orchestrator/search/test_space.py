@@ -127,6 +127,7 @@ BROKEN = {
     "true for a number": ([TOPK | {"k": [1, True]}], "auto", 9, ["search.space.k:", "neither a number nor a word"]),
     "true for a word": ([TOPK | {"activation": True}], "auto", 9, ["activation:", "True", "known: relu, topk"]),
     "mask without a cost": ([{"form": "sqrt"}], "auto", 9, ["search.space:", "pair_cost is missing"]),
+    "near what is not written": ([MASK | {"dictionry": 8}], "auto", 9, ["unknown hyperparameter", "known: form,"]),
     "mask with a size": ([MASK | {"k": 8}], "auto", 9, ["search.space.k:", "unknown hyperparameter", "known: "]),
     "number for a switch": ([MASK | {"joint": 1}], "auto", 9, ["search.space.joint:", "neither true nor false"]),
     "range of a switch": ([MASK | {"joint": {"low": 0, "high": 1}}], "auto", 9, ["joint:", "one of true, false"]),

@@ -42,4 +42,5 @@ def test_shares_are_covariances_with_the_score(family):
 def test_the_fewest_pairs_that_explain_a_share_of_what_all_explain(share, pairs):
     shares = np.array([0.2, -0.1, 0.5, 0.05])
     assert PairShares(shares, shares, shares).pairs_for(share) == pairs
-    assert PairShares(shares[:0], shares[:0], shares[:0]).pairs_for(share) == 0
+    for nothing in (shares[:0], shares - 1):
+        assert PairShares(nothing, nothing, nothing).pairs_for(share) is None

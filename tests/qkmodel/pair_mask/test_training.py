@@ -156,4 +156,4 @@ def test_a_dictionary_without_an_active_feature_has_figures(small, pool):
     metrics, shares = evaluate_mask(transcoder, layer, silent, everything, 0, pool)
     assert metrics["kl_masked"] == metrics["kl"] == metrics["kl_no_pairs"] > 0
     assert metrics["mask_recovered"] is None
-    assert metrics["variance_share"] == 0 and not shares.variance_share.any()
+    assert metrics["variance_share"] == 0 and metrics["pairs_for_90"] is None and not shares.variance_share.any()
