@@ -126,6 +126,24 @@ def test_together_alone_killed_or_on_more_threads_a_mask_is_the_same(
         assert files_of(folder, training_id) == files_of(tmp_path / "together", training_id)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_mask_that_keeps_nothing_ends_all_the_same(
+    world: SmallWorld, sources: dict[str, SourceOrder], tmp_path: Path, joint: bool
+) -> None:
+    settings = MASKS["alone"] | {"pair_cost": 1e3, "learning_rate": 10.0, "joint": joint}
+    _, whole = run(order(world, tmp_path / "whole", sources, {"none": settings}))
+    final = whole[-1]["none"]
+    assert final.metrics["pairs_kept"] == 0 and final.metrics["kl_masked"] == final.metrics["kl_no_pairs"]
+    assert final.metrics["mask_recovered"] == 0 and final.metrics["pairs_for_90"] is None
+    dictionary = load_dictionary(tmp_path / "whole" / final.dictionary, final.dictionary_sha256)
+    x = world.cache.read(world.layer.geometry.layer, "validation", [0])
+    assert dictionary.pattern(x).sum(-1) == pytest.approx(1.0, abs=1e-5)
+    # from a checkpoint after the choice, where there is one
+    run(order(world, tmp_path / "killed", sources, {"none": settings}), steps=7)
+    run(order(world, tmp_path / "killed", sources, {"none": settings}, steps_done=STEPS // 8 * 7))
+    assert files_of(tmp_path / "killed", "none") == files_of(tmp_path / "whole", "none")
+
+
 def test_pairs_that_were_changed_or_are_gone_are_refused_in_one_line(
     world: SmallWorld, sources: dict[str, SourceOrder], tmp_path: Path
 ) -> None:

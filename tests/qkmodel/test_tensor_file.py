@@ -28,6 +28,14 @@ def test_what_is_written_comes_back(tmp_path):
     }
 
 
+def test_a_tensor_of_nothing_comes_back(tmp_path):
+    # strides of 0, as numpy gives them to a product of nothing
+    nothing = torch.empty(0, dtype=torch.int64).as_strided((0,), (0,))
+    write_tensor_file(tmp_path / "file", HEADER, TENSORS | {"c": nothing})
+    _, tensors = read_tensor_file(tmp_path / "file", Header)
+    assert tensors["c"].shape == (0,) and tensors["c"].dtype == torch.int64
+
+
 def test_equal_content_is_equal_bytes(tmp_path):
     written = set()
     for _ in range(20):
