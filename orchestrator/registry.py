@@ -114,10 +114,7 @@ def load_dictionary(reference: str, tracking: str | None = None) -> Dictionary:
         shown = str(reference)[:200]
         raise InputError(f"{shown!r} names no dictionary; write models:/NAME@ALIAS or models:/NAME/VERSION")
     address, _ = tracking_address(tracking or os.environ.get("MLFLOW_TRACKING_URI") or None, Path("runs"))
-    try:
-        file = sqlite_file(address)
-    except ValueError as error:
-        raise InputError(f"tracking: {redact_url(address)} {error}") from error
+    file = sqlite_file(address)
     if file is not None and not file.is_file():
         raise InputError(f"{file}: no tracking store here; give its address as tracking=, or set MLFLOW_TRACKING_URI")
     with _answered_in_one_line(address):

@@ -60,7 +60,10 @@ def tracking_address(tracking: str | None, storage: Path) -> tuple[str, str | No
         return tracking, None
     if scheme.partition("+")[0] in ("sqlite", "postgresql", "mysql", "mssql"):
         require_readable(tracking)
-        return whole_address(tracking), artifact_root
+        try:
+            return whole_address(tracking), artifact_root
+        except ValueError as error:
+            raise InputError(f"tracking: {redact_url(tracking)} {error}") from error
     raise InputError(
         f"tracking: {redact_url(str(tracking))!r} is not an MLflow address; "
         "give http(s)://HOST:PORT of a server, sqlite:///PATH, or null for a file beside the sweeps"

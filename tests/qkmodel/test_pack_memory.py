@@ -39,7 +39,7 @@ def test_a_true_patterns_bytes_are_those_of_its_blocks(
 
 
 MEASURE = """
-import resource, sys, torch
+import re, resource, sys, torch
 from transformers import LlamaConfig
 from tests.qkmodel.random_models import random_hf_model, wrap
 from qkmodel.pack_memory import ModelUse, _forward_bytes, _patched_bytes
@@ -63,7 +63,9 @@ before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize(
 run(tokens, pattern)
 use = ModelUse(model.description, products, False, True)
 modelled = _patched_bytes(use, context) if what == "patched" else _forward_bytes(model.description, 8, context)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / modelled)
+# ru_maxrss would be the peak of the process that started this one, where that is larger
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+print((peak - before) / modelled)
 """
 
 
