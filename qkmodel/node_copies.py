@@ -22,6 +22,7 @@ from qkmodel.files import PARTIAL_SUFFIX, exclusive
 
 _log = logging.getLogger(__name__)
 LOCK, TOTAL, HELD = "lock", "total", "held"
+HASH_DIGITS = 16
 
 
 class Originals(Protocol):
@@ -71,7 +72,8 @@ class NodeCopies:
         `name` is that of the copy: cache, part and file. Raises InputError where the original is not what `shard` says,
         and as `map_shard`.
         """
-        copy = self._root / name
+        # with the hash: a shard that was lost and built again by another CPU may differ in its last bits
+        copy = (self._root / name).with_stem(f"{Path(name).stem}-{shard.sha256[:HASH_DIGITS]}")
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             with exclusive(self._root / LOCK, lambda _: None):

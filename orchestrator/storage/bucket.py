@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 8 * 2**20
 _CONNECT_SECONDS = 3.0
+_FORGOTTEN_SECONDS = 86_400
 # a look at the start ends within seconds; what was sent in hours is worth a minute of patience
 _ATTEMPTS_OF_A_LOOK, _ATTEMPTS = 2, 8
 _SECONDS_OF_A_LOOK, _SECONDS = 10, 60
@@ -126,8 +128,14 @@ class Bucket:
     @contextlib.contextmanager
     def borrowed(self, path: Path) -> Iterator[Path]:
         # a place of its own: another process may send and release the same
-        folder = self.root / ".borrowed" / uuid.uuid4().hex
+        borrowed = self.root / ".borrowed"
+        folder = borrowed / uuid.uuid4().hex
         folder.mkdir(parents=True)
+        for other in borrowed.iterdir():
+            # of a process that was killed: reading a file takes minutes
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > _FORGOTTEN_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
         try:
             self.download(path, folder / path.name)
             yield folder / path.name

@@ -1,13 +1,15 @@
 """Copies of shards on a node's own disk: once, whole, within their limit, and never in the way."""
 
+import hashlib
 import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
-from qkmodel.activations import ActivationCache
+from qkmodel.activations import TENSOR_NAME, ActivationCache
 from qkmodel.errors import InputError
 from qkmodel.node_copies import NodeCopies
 from tests.qkmodel.world import LAYER, SmallWorld
@@ -26,7 +28,9 @@ def opened(shared: Path, node: Path, max_bytes: int = 10**9) -> ActivationCache:
 
 
 def copies(node: Path) -> list[str]:
-    return sorted(path.relative_to(node).as_posix() for path in node.rglob("*.safetensors"))
+    """Without the hashes in their names."""
+    found = (path.with_stem(path.stem.rpartition("-")[0]) for path in node.rglob("*.safetensors"))
+    return sorted(path.relative_to(node).as_posix() for path in found)
 
 
 def shard(name: str) -> str:
@@ -50,6 +54,20 @@ def test_what_is_not_what_the_manifest_says_is_not_copied(shared: Path, tmp_path
     with pytest.raises(InputError, match=r"validation-00000\.safetensors: damaged shard"):
         opened(shared, tmp_path / "node").read(LAYER, "validation", ROWS)
     assert copies(tmp_path / "node") == [] and list(tmp_path.rglob("*.partial")) == []
+
+
+def test_a_shard_that_was_built_again_with_other_bits_is_copied_again(shared: Path, tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    cache = opened(shared, node)
+    before = cache.read(LAYER, "validation", ROWS)
+    content = save({TENSOR_NAME: torch.zeros(64, *before.shape[1:], dtype=torch.bfloat16)})
+    (shared / shard("validation")).write_bytes(content)
+    entry = cache.manifest.shards[shard("validation")].model_copy(
+        update={"sha256": hashlib.sha256(content).hexdigest()}
+    )
+    manifest = cache.manifest.model_copy(update={"shards": cache.manifest.shards | {shard("validation"): entry}})
+    again = ActivationCache(shared, manifest, NodeCopies(node, 10**9)).read(LAYER, "validation", ROWS)
+    assert not torch.equal(again, before) and not again.any()
 
 
 def test_the_part_used_longest_ago_gives_way(world: SmallWorld, shared: Path, tmp_path: Path) -> None:
@@ -99,7 +117,8 @@ def test_the_total_that_is_kept_is_what_the_copies_take(shared: Path, tmp_path: 
         cache.read(LAYER, split, [0])
         cache.tokens(split, [0])
     assert len(copies(node)) == 4
-    assert int((node / "total").read_text()) == sum((node / name).stat().st_size for name in copies(node))
+    taken = sum(path.stat().st_size for path in node.rglob("*.safetensors"))
+    assert int((node / "total").read_text()) == taken
 
 
 def test_a_disk_that_cannot_be_used_is_done_without(
