@@ -86,7 +86,7 @@ def test_a_masks_page_counts_the_pairs_itself(explained, tmp_path: Path) -> None
 
 def written(explained, folder: Path) -> str:
     storage, dictionary, found = explained
-    write_explanation(folder / "page.html", dictionary, found, texts(range(CONTEXT)), texts, storage)
+    write_explanation(folder / "page.html", dictionary, found, texts(range(CONTEXT)), texts, str(storage))
     return (folder / "page.html").read_text()
 
 
