@@ -19,6 +19,7 @@ from orchestrator import packs_on_ray
 from orchestrator.checkpoints import newest_checkpoint
 from orchestrator.config import PackResources
 from orchestrator.process_end import INTERRUPTED
+from orchestrator.storage.shared import SHARED
 from tests.orchestrator import pack_world
 from tests.orchestrator.sweep_files import write_sweep
 from tests.system.test_first_sweep import Sweep, wait_until_training
@@ -111,7 +112,7 @@ def test_the_end_of_ray_is_noticed_while_no_pack_runs_and_none_has_room(
 
     monkeypatch.setattr(packs_on_ray, "Capacity", lambda pack: no_room)
     resources = SimpleNamespace(pack=PackResources(cpu=1))
-    plan = SimpleNamespace(folder=tmp_path, config=SimpleNamespace(name="ends", resources=resources))
+    plan = SimpleNamespace(folder=tmp_path, storage=SHARED, config=SimpleNamespace(name="ends", resources=resources))
     queue = pack_world.start(tmp_path).queue
     with mock.patch.dict(os.environ), pytest.raises(packs_on_ray.RayStopped):
         packs_on_ray.train_packs(plan, queue, start=1)
