@@ -45,6 +45,7 @@ from orchestrator import packs_on_ray, sweep
 from orchestrator.checkpoints import checkpoint_path
 from orchestrator.config import SweepConfig
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_file import LEDGER_FILE
 from orchestrator.pack_order import MemberOrder, MemberReport, PackOrder, dictionary_path
 from orchestrator.pack_queue import PackQueue
 from orchestrator.plan import SweepPlan, make_plan
@@ -298,7 +299,7 @@ def prepared(plan: SweepPlan) -> Preparation:
     reference = LayerReference(nothing, nothing, nothing, 1.0, KL_BASELINE, KL_BASELINE, 1e-4, None, None)
     cache = ActivationCache(plan.cache_root, Manifest.empty(plan.cache_key))
     layers = plan.config.layers
-    return Preparation(cache, False, dict.fromkeys(layers, reference), dict.fromkeys(layers, plan.cache_root))
+    return Preparation(cache, False, dict.fromkeys(layers, reference), dict.fromkeys(layers, plan.cache_root), {})
 
 
 def run_case(case: Case, trainings: int) -> dict[str, Any]:
@@ -350,7 +351,7 @@ def afterwards(plan: SweepPlan, ledger: Ledger) -> dict[str, Any]:
         ask()
         found[name] = time.monotonic() - began
     states = {state: count for state, count in ledger.counts().items() if count}
-    return found | {"ledger_mb": round(ledger.path.stat().st_size / MEGABYTE), "states": states}
+    return found | {"ledger_mb": round((ledger.folder / LEDGER_FILE).stat().st_size / MEGABYTE), "states": states}
 
 
 def in_own_process(name: str, trainings: int) -> Any:
