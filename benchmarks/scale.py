@@ -50,6 +50,7 @@ from orchestrator.pack_order import MemberOrder, MemberReport, PackOrder, dictio
 from orchestrator.pack_queue import PackQueue
 from orchestrator.plan import SweepPlan, make_plan
 from orchestrator.preparation import Preparation
+from orchestrator.ray_connection import connected_ray
 from orchestrator.search.study import StudySearch
 from orchestrator.status import fronts_record, status_record
 from orchestrator.terminal import TerminalView
@@ -225,7 +226,7 @@ def run_plain(reports: int, trainings: int) -> dict[str, Any]:
     os.environ |= packs_on_ray._ENVIRONMENT
     clock = Clock(trainings)
     began, cpu = time.monotonic(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder, packs_on_ray._local_ray():
+    with tempfile.TemporaryDirectory() as folder, connected_ray():
         tune.Tuner(
             tune.with_resources(PlainTrial, {"cpu": 1}),
             param_space={"reports": reports, "x": tune.uniform(0, 1)},
