@@ -30,6 +30,7 @@ from orchestrator.plan_figures import (
 )
 from orchestrator.search.halving import Halving
 from orchestrator.source_dictionaries import SourceDictionary, source_dictionaries
+from orchestrator.storage.bucket import Bucket
 from orchestrator.storage.opened import open_storage
 from orchestrator.storage.shared import Storage
 from orchestrator.storage_check import CACHE_FOLDER, check_storage
@@ -299,7 +300,9 @@ def make_plan(
     sources = source_dictionaries(config, model, storage_folder(config) / CACHE_FOLDER)
     studies = []
     # asked once for all trainings
-    in_bucket = storage.listing(sweep_folder(config) / DICTIONARIES_FOLDER) if storage.url is not None else None
+    in_bucket = None
+    if isinstance(storage, Bucket):
+        in_bucket = storage.listing(sweep_folder(config) / DICTIONARIES_FOLDER)
     for layer in config.layers:
         identity = study_identity(
             task=config.task,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from orchestrator.storage.bucket import is_copy
+from orchestrator.storage.bucket import Bucket, is_copy
 from orchestrator.storage.shared import Storage
 from qkmodel.activation_request import CacheRequest
 from qkmodel.activations import MANIFEST, SPLITS, Manifest, Shard, map_shard, parse_manifest, read_manifest, shard_path
@@ -51,7 +51,7 @@ class StoredCache:
     def fetch(self, request: CacheRequest) -> None:
         """Has those shards of a request lie here that the storage has. What is damaged is for the build to find."""
         manifest = read_manifest(self._folder)
-        if self._storage.url is None or manifest is None:
+        if not isinstance(self._storage, Bucket) or manifest is None:
             return
         listed = self._storage.listing(self._folder)
         wanted = [self._folder / path for path in _needed(manifest, request) if path in manifest.shards]
@@ -61,7 +61,7 @@ class StoredCache:
     def send(self) -> None:
         """Has the storage hold what was built here: shards that it lacks or has otherwise, and then the manifest."""
         manifest = read_manifest(self._folder)
-        if self._storage.url is None or manifest is None:
+        if not isinstance(self._storage, Bucket) or manifest is None:
             return
         listed = self._storage.listing(self._folder)
         here = {self._folder / path: shard for path, shard in manifest.shards.items() if (self._folder / path).exists()}

@@ -140,11 +140,9 @@ class PackTrainable(tune.Trainable):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return f"{error.filename or folder}: {os.strerror(error.errno)}"
         # unlike is_dir, says no whatever the reason
-        return (
-            None
-            if self._order.bucket or os.path.isdir(folder)
-            else f"{folder}: the folder is gone on {platform.node()}"
-        )
+        if self._order.bucket is not None or os.path.isdir(folder):
+            return None
+        return f"{folder}: the folder is gone on {platform.node()}"
 
     def _next_report(self) -> int:
         """The step after which members report: at every interval, at a rung and at the end."""

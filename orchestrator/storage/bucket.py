@@ -12,13 +12,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.storage.address import BucketAddress, credentials
-from orchestrator.storage.shared import Stamp, StorageGivesOut, remove_local
+from orchestrator.storage.shared import StorageGivesOut, remove_local
 from qkmodel.errors import InputError
 from qkmodel.files import PARTIAL_SUFFIX, user_cache_folder
 
@@ -37,6 +38,14 @@ _NO_ACCESS = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|InvalidAccessKeyId|SignatureDoesNotMatch"
 )
 _NO_SERVER = re.compile(r"NETWORK_CONNECTION|curlCode")
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Of an object: its size in bytes, and when it was written."""
+
+    size: int
+    time_ns: int
 
 
 class Bucket:
@@ -103,6 +112,7 @@ class Bucket:
                 path.parent.rmdir()
 
     def fetch(self, path: Path, stamp: Stamp | None = None) -> bool:
+        """`stamp` is that of a file, where it is known from `listing`."""
         from pyarrow.fs import FileType
 
         if stamp is None:
@@ -175,6 +185,7 @@ class Bucket:
         return sorted(info.base_name for info in self._below(folder, recursive=False))
 
     def listing(self, folder: Path) -> Mapping[Path, Stamp]:
+        """All files below a folder."""
         start = len(self._key(folder)) + 1
         return {folder / info.path[start:]: _stamp(info) for info in self._below(folder) if info.is_file}
 

@@ -6,20 +6,11 @@ a working copy with the same layout, from which what counts is sent, and into wh
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from qkmodel.files import write_atomically
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Of a file in the place: its size in bytes, and when it was written."""
-
-    size: int
-    time_ns: int
 
 
 class Storage(Protocol):
@@ -39,11 +30,8 @@ class Storage(Protocol):
     def release(self, path: Path) -> None:
         """Takes away this machine's copy of what was sent; what is shared stays."""
 
-    def fetch(self, path: Path, stamp: Stamp | None = None) -> bool:
-        """Has a file or folder lie at `path` as it is in the place; answers whether there is one.
-
-        `stamp` is that of the file, where it is known from `listing`.
-        """
+    def fetch(self, path: Path) -> bool:
+        """Has a file or folder lie at `path` as it is in the place; answers whether there is one."""
 
     def borrowed(self, path: Path) -> contextlib.AbstractContextManager[Path]:
         """A file of the place to be read in the block. Raises FileNotFoundError."""
@@ -56,9 +44,6 @@ class Storage(Protocol):
 
     def names(self, folder: Path) -> list[str]:
         """What lies in a folder: files and folders; nothing where there is none."""
-
-    def listing(self, folder: Path) -> Mapping[Path, Stamp]:
-        """All files below a folder."""
 
     def remove(self, path: Path) -> None:
         """Removes a file or a folder, if it is there."""
@@ -84,7 +69,7 @@ class SharedFolder:
     def release(self, path: Path) -> None:
         """Nothing: it is the only one."""
 
-    def fetch(self, path: Path, stamp: Stamp | None = None) -> bool:
+    def fetch(self, path: Path) -> bool:
         return path.exists()
 
     @contextlib.contextmanager
@@ -105,10 +90,6 @@ class SharedFolder:
             return sorted(one.name for one in folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
-
-    def listing(self, folder: Path) -> Mapping[Path, Stamp]:
-        found = ((path, path.stat()) for path in folder.rglob("*") if path.is_file())
-        return {path: Stamp(one.st_size, one.st_mtime_ns) for path, one in found}
 
     def remove(self, path: Path) -> None:
         remove_local(path)

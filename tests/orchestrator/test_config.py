@@ -178,6 +178,21 @@ BROKEN_VALUES = {
         ["tracking", "sqlite:///FILE.db"],
     ),
     "tracking in no file": ("name: good", "name: good\ntracking: sqlite://a.db", ["tracking", "sqlite:///FILE.db"]),
+    "bucket without a ledger": (
+        "name: good",
+        "name: good\nstorage: s3://runs/a",
+        ["ledger", "postgresql://HOST/DATABASE"],
+    ),
+    "bucket without a server": (
+        "name: good",
+        "name: good\nstorage: s3://runs/a\nledger: postgresql://host/ledgers",
+        ["tracking", "http://HOST:PORT"],
+    ),
+    "bucket and a tracking database": (
+        "name: good",
+        "name: good\nstorage: s3://runs/a\nledger: postgresql://host/ledgers\ntracking: sqlite:///a.db",
+        ["tracking", "http://HOST:PORT"],
+    ),
     "other store": ("name: good", "name: good\nstorage: ftp://bucket", ["storage", "folder", "s3://BUCKET/PREFIX"]),
     "line break in a name": ("name: sotu", 'name: "so\\ntu"', ["corpus.name", '"so\\ntu"', "line breaks"]),
 }

@@ -21,6 +21,7 @@ from orchestrator.ledger_postgres import SweepSchema, schema_name
 from orchestrator.ledger_tables import Training
 from qkmodel.dictionary import load_dictionary
 from tests.system.hosts import is_possible
+from tests.system.progress import wait_for_tokens
 from tests.system.services import PostgresServer, RayCluster, S3Server, free_port, kill_session, postgres_or_skip
 from tests.system.test_first_sweep import FILE
 from tests.system.test_mask_sweep import MASK as ALL_MASKS
@@ -216,15 +217,6 @@ def test_nodes_that_share_nothing(
     for home in homes:
         assert list((home / "qkmodel" / "shards").rglob("*.safetensors"))
         assert_nothing_left_but_copies(home)
-
-
-def wait_for_tokens(sweep: Sweep, process: subprocess.Popen[bytes], more_than: int = 0) -> int:
-    """Until the sweep's trainings have seen more than so many; answers how many."""
-    deadline = time.monotonic() + END_SECONDS
-    while (done := sum(one.tokens_done for one in sweep.trainings())) <= more_than:
-        assert process.poll() is None and time.monotonic() < deadline, sweep.said
-        time.sleep(0.1)
-    return done
 
 
 def assert_nothing_left_but_copies(home: Path) -> None:

@@ -21,6 +21,7 @@ from orchestrator.ledger_decisions import read_decisions
 from orchestrator.ledger_place import place_in
 from orchestrator.tracking_run import shown_name
 from tests.orchestrator.rung_checks import assert_explained
+from tests.system.progress import wait_for_tokens
 from tests.system.services import MlflowServer, RayCluster, kill_session, postgres_or_skip
 
 pytestmark = pytest.mark.system
@@ -280,15 +281,6 @@ def test_a_grid_whose_ledger_has_a_server_that_goes_away(tmp_path: Path, short_g
         assert sweep.said.count("the ledger's server is away") == 1 and "Traceback" not in sweep.said
         assert not list(sweep.folder.glob("*.sqlite"))
         assert_same_results(sweep, short_grid)
-
-
-def wait_for_tokens(sweep: Sweep, process: subprocess.Popen[bytes], more_than: int = 0) -> int:
-    """Until the trainings have come farther than that; answers how far."""
-    deadline = time.monotonic() + END_SECONDS
-    while (done := sum(one.tokens_done for one in sweep.trainings())) <= more_than:
-        assert process.poll() is None and time.monotonic() < deadline, sweep.said
-        time.sleep(0.2)
-    return done
 
 
 @pytest.mark.slow
