@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 from orchestrator.objectives import Objectives
 from orchestrator.pareto import knee, point_of
 from orchestrator.status import StudyStatus

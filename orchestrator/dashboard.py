@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import URL
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 from orchestrator.objectives import OBJECTIVES
 from orchestrator.pareto import final_values
 from orchestrator.study_names import study_names

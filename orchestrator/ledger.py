@@ -14,16 +14,13 @@ from typing import Any
 from sqlalchemy import ColumnElement, bindparam, case, delete, func, insert, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from orchestrator.ledger_records import STATES, Report, State, Training
 from orchestrator.ledger_studies import StudyRecords
 from orchestrator.ledger_tables import (
-    STATES,
     DeliveryRow,
     MetricRow,
-    Report,
     ReportRow,
-    State,
     StudyRow,
-    Training,
     TrainingRow,
     finite_or_none,
     own_fields,

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from orchestrator.ledger_file import SqliteFile
-from orchestrator.ledger_tables import Unreadable
+from orchestrator.ledger_records import Unreadable
 from orchestrator.storage.shared import Storage
 from qkmodel.errors import InputError
 

@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import select, update
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Decision, DecisionRow, TrainingRow, finite_or_none
+from orchestrator.ledger_records import Decision
+from orchestrator.ledger_tables import DecisionRow, TrainingRow, finite_or_none
 
 
 def record_decision(ledger: Ledger, decisions: Sequence[Decision]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy import select, update
 
 from orchestrator.ledger_connection import LedgerConnection
-from orchestrator.ledger_tables import Study, StudyRow, SweepRecord, SweepRow, Unreadable, finite_or_none, own_fields
+from orchestrator.ledger_records import Study, SweepRecord, Unreadable
+from orchestrator.ledger_tables import StudyRow, SweepRow, finite_or_none, own_fields
 from qkmodel.errors import InputError
 
 

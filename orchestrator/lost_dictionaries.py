@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from orchestrator.config import SweepConfig
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 from orchestrator.plan_figures import sweep_folder
 from orchestrator.storage.opened import open_storage
 from qkmodel.dictionary import FILES, PAIRS_FILE, find_loss

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from orchestrator.choice import Choice
-from orchestrator.ledger_tables import SweepRecord, Training
+from orchestrator.ledger_records import SweepRecord, Training
 from qkmodel.dictionary import DictionaryConfig
 from qkmodel.model_description import BUNDLED_MODELS
 

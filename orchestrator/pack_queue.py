@@ -12,7 +12,7 @@ from orchestrator.checkpoints import Checkpoints
 from orchestrator.identity import training_id
 from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_decisions import read_decisions
-from orchestrator.ledger_tables import Decision
+from orchestrator.ledger_records import Decision
 from orchestrator.pack_order import MemberOrder, MemberReport, PackOrder
 from orchestrator.pareto import feasible, final_values
 from orchestrator.rung_decisions import RungDecisions

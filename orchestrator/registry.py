@@ -24,7 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from orchestrator.addresses import redact_url, sqlite_file
 from orchestrator.choice import Choice
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Study, SweepRecord, Training, without_heads
+from orchestrator.ledger_records import Study, SweepRecord, Training, without_heads
 from orchestrator.status import front_member
 from orchestrator.tracking_run import find_or_create_experiment, milliseconds, named, store_errors
 from orchestrator.tracking_store import (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.ledger import Ledger, Training
 from orchestrator.ledger_decisions import read_decisions, record_decision
-from orchestrator.ledger_tables import Decision
+from orchestrator.ledger_records import Decision
 from orchestrator.pareto import final_values, within_box
 from orchestrator.search.halving import AtRung, FromRungToEnd, Halving, extrapolated, ranking, survivors
 

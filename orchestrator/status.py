@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import STATES, State, Study, Training
+from orchestrator.ledger_records import STATES, State, Study, Training
 from orchestrator.pareto import front_trainings, hypervolume, point_of
 from orchestrator.study_names import study_titles
 from orchestrator.tracking_notes import owed

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from orchestrator.ledger_tables import Study
+from orchestrator.ledger_records import Study
 from orchestrator.study_plan import StudyPlan
 
 # what a file's content is known by: the key that names the file, and what of it changed

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from orchestrator.ledger_tables import Study
+from orchestrator.ledger_records import Study
 
 _ID_DIGITS = 8
 

@@ -5,7 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.ledger_tables import STATES, Training
+from orchestrator.ledger_records import STATES, Training
 from orchestrator.status import StudyStatus
 
 # task -> column, metric, form

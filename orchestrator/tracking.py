@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 from orchestrator.pareto import front_trainings
 from orchestrator.report import REPORT_FILE
 from orchestrator.tracking_fronts import FrontArtifacts

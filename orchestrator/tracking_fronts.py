@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from orchestrator.figures import all_fronts_png, front_html, front_png
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Training, without_heads
+from orchestrator.ledger_records import Training, without_heads
 from orchestrator.pareto import front_trainings
 from orchestrator.study_names import study_names
 from orchestrator.tracking_notes import results_mark

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import State, Training
+from orchestrator.ledger_records import State, Training
 from orchestrator.report import REPORT_FILE
 from orchestrator.starts import is_ended
 from orchestrator.versions import GIT_DIFF_FILE

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.addresses import redact_url
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import HEAD_PREFIXES, Study, Training
+from orchestrator.ledger_records import HEAD_PREFIXES, Study, Training
 from orchestrator.tracking_notes import REPORTS, RUN_STATUS, STATUS, has_ended_there, status_mark
 from orchestrator.tracking_store import SHA256_TAG, TrackingUnavailable, no_server
 from orchestrator.trained_dictionary import dictionary_folder

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Study, Training
+from orchestrator.ledger_records import Study, Training
 from orchestrator.objectives import OBJECTIVES
 from orchestrator.pareto import point_of
 from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 from orchestrator.storage.shared import SHARED, Storage
 from qkmodel.dictionary import Dictionary, find_damage, load_dictionary
 from qkmodel.errors import InputError

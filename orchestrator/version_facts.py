@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from orchestrator.choice import Choice
-from orchestrator.ledger_tables import SweepRecord, Training
+from orchestrator.ledger_records import SweepRecord, Training
 from orchestrator.tracking_store import SHA256_TAG, STUDY_TAG, SWEEP_TAG, TRAINING_TAG
 from qkmodel.dictionary import DictionaryConfig
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.ledger_tables import Study
+from orchestrator.ledger_records import Study
 from orchestrator.storage.shared import SHARED, Storage
 from orchestrator.storage_check import CACHE_FOLDER
 from orchestrator.stored_cache import StoredCache

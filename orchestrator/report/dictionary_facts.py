@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orchestrator.ledger_tables import Study, Training
+from orchestrator.ledger_records import Study, Training
 from orchestrator.report.corpus_cache import cache_of_study
 from orchestrator.report.token_texts import TokenTexts
 from orchestrator.storage.shared import SHARED, Storage

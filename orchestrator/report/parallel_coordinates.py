@@ -13,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 from orchestrator.report.charts import COLOURS, DARK_ENOUGH
 from orchestrator.report.sweep_facts import StudyFacts
 

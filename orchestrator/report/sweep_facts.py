@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from orchestrator.choice import KneeRule, find_finished
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import SweepRecord, Training
+from orchestrator.ledger_records import SweepRecord, Training
 from orchestrator.status import StudyStatus, hypervolumes_by_tokens, study_statuses
 from orchestrator.study_names import study_names
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from orchestrator.ledger_tables import Study
+from orchestrator.ledger_records import Study
 from qkmodel.configs import ModelConfig
 from qkmodel.errors import InputError
 from qkmodel.model_description import describe_model

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from orchestrator.ledger_tables import Decision
+from orchestrator.ledger_records import Decision
 from orchestrator.search.halving import AtRung, ranking, survivors
 
 

@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
-from orchestrator.ledger_tables import Decision
+from orchestrator.ledger_records import Decision
 from orchestrator.tracking import Tracker
 from orchestrator.tracking_notes import end_status
 from orchestrator.tracking_store import TrackingUnavailable, tracking_address
@@ -302,7 +302,7 @@ from pathlib import Path
 from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
-from orchestrator.ledger_tables import Decision
+from orchestrator.ledger_records import Decision
 from orchestrator.tracking import Tracker
 storage, name = Path(sys.argv[1]), sys.argv[2]
 ledger = Ledger(storage / name / "ledger.sqlite")
@@ -341,7 +341,7 @@ from pathlib import Path
 from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
-from orchestrator.ledger_tables import Decision
+from orchestrator.ledger_records import Decision
 from orchestrator.tracking import Tracker
 storage = Path({str(storage)!r})
 Tracker(None, storage, Ledger.open_existing(storage / "l1" / "ledger.sqlite")).deliver()
@@ -366,7 +366,7 @@ from pathlib import Path
 from orchestrator import load_dictionary
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_decisions import record_decision
-from orchestrator.ledger_tables import Decision
+from orchestrator.ledger_records import Decision
 from orchestrator.tracking import Tracker
 storage = Path({str(tmp_path)!r})
 ledger = Ledger(storage / "l1" / "ledger.sqlite")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 
 PATIENCE_SECONDS = 600
 

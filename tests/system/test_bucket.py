@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_postgres import SweepSchema, schema_name
-from orchestrator.ledger_tables import Training
+from orchestrator.ledger_records import Training
 from qkmodel.dictionary import load_dictionary
 from tests.system.hosts import is_possible
 from tests.system.progress import wait_for_tokens

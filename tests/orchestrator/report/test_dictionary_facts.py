@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_tables import Study
+from orchestrator.ledger_records import Study
 from orchestrator.report.corpus_cache import cache_of_study
 from orchestrator.report.dictionary_facts import MOST_TOKENS, SENTENCES, tokens_that_fit
 from qkmodel.activations import FORMAT_VERSION, CacheKey, Manifest, Shard
