@@ -1,11 +1,13 @@
 """Step 2 on SmolLM2: KL against pairs kept for trained masks, saliency, weights and chance; speed beside a dense mask.
 
-    python benchmarks/pair_mask.py            about an hour on two cores
-    python benchmarks/pair_mask.py --only curve|speed|large
+    python benchmarks/pair_mask.py            about two hours on two cores
+    python benchmarks/pair_mask.py --only choices|masks|joint|speed|large
 
-A TopK 16 dictionary with 1,024 features a side is trained on layer 8 first. The dense mask is the paper's step 2
-written plainly, made exact for rotary embeddings, at 512 features a side. `large` has 16,384 features a side, 2.4
-billion pairs, and says how much memory that takes. The last line is the figures, as JSON.
+A TopK 16 dictionary with 1,024 features a side is trained on layer 8 first. `choices` are pairs kept without training,
+`masks` trained ones. `joint` trains decoder rows and biases along, and beside it the dictionary without a mask on as
+many more tokens. No mask sees a sequence twice. The dense mask of `speed` is the paper's step 2 written plainly, made
+exact for rotary embeddings, at 512 features a side. `large` has 16,384 features a side, 2.4 billion pairs, and says how
+much memory that takes. The last line is the figures, as JSON.
 """
 
 import argparse
@@ -14,7 +16,6 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +41,16 @@ from qkmodel.transcoder import QKTranscoder
 
 LAYER, FEATURES, K = 8, 1024, 16
 TRAINING = TrainingConfig(tokens=410_000, batch_sequences=4, validation_sequences=200, learning_rate_schedule="linear")
-CALIBRATION, CANDIDATE_SHARE = 128, 0.04
+CALIBRATION, CANDIDATE_SHARE = 128, 0.02
+MASK_BATCH, MASK_STEPS, JOINT_STEPS = 8, 400, 1600
+MASKS = (
+    {"form": "sqrt", "pair_cost": 1.7e-7},
+    {"form": "sqrt", "pair_cost": 1e-6},
+    {"form": "hard_concrete", "pair_cost": 2e-7, "learning_rate": 0.1},
+)
+JOINT = {"form": "sqrt", "pair_cost": 3.4e-7, "joint": True, "decoder_learning_rate": 4e-3}
+JOINT_CANDIDATE_SHARE = 0.01
+EXTRA_TOKENS = JOINT_STEPS * MASK_BATCH * 128
 SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LARGE_FEATURES, LARGE_CANDIDATE_SHARE, LARGE_STEPS = 16_384, 1e-3, 40
 THREADS = os.cpu_count() or 1
@@ -61,12 +71,20 @@ class Bench:
     def codes(self, split: str, numbers: list[int]) -> list[SequenceCodes]:
         return sequence_codes(self.transcoder, self.layer, self.cache.read(LAYER, split, numbers))
 
+    def held_out(self) -> list[SequenceCodes]:
+        return self.codes("validation", list(range(100)))
+
+    def salient(self, share: float) -> SalientPairs:
+        """The most salient pairs, so large a share of all."""
+        calibration = self.codes("train", list(range(CALIBRATION)))
+        total = self.layer.geometry.n_heads * self.transcoder.query.features * self.transcoder.key.features
+        return salient_pairs(self.transcoder, self.layer, calibration, int(share * total), THREADS)
+
     def train_mask(self, candidates: PairSet, settings: MaskHyperparameters, steps: int, pool: ThreadPoolExecutor):
         trainer = MaskTrainer(settings, self.transcoder, self.layer, candidates, steps)
-        generator = np.random.default_rng(0)
-        order = np.concatenate([generator.permutation(3200) for _ in range(-(-steps * 8 // 3200))])
-        for step in range(steps):
-            trainer.step(self.codes("train", sorted(order[8 * step : 8 * step + 8].tolist())), pool)
+        order = np.random.default_rng(0).permutation(steps * MASK_BATCH).reshape(steps, MASK_BATCH)
+        for numbers in order:
+            trainer.step(self.codes("train", sorted(numbers.tolist())), pool)
         return trainer
 
 
@@ -85,39 +103,50 @@ def at_random(shape: tuple[int, int, int], count: int) -> PairSet:
     return PairSet.from_numbers(numbers, shape)
 
 
-def untrained_curves(bench: Bench, found: SalientPairs, kl: Callable[[PairSet], float]) -> dict[str, dict[str, float]]:
+def untrained_choices(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, dict[str, float]]:
+    """KL by the share of pairs kept, for each way to choose them."""
+    found = bench.salient(max(SHARES))
     shape = found.pairs.shape
-    total = np.prod(shape)
     choices = {
         "saliency": found.first,
         "weights": lambda count: by_weights(bench, count),
         "random": lambda count: at_random(shape, count),
     }
-    curves = {}
+    held_out, total, curves = bench.held_out(), np.prod(shape), {}
     for name, choose in choices.items():
-        curves[name] = {f"{share:g}": kl(choose(int(share * total))) for share in SHARES}
+        pairs = {f"{share:g}": choose(int(share * total)) for share in SHARES}
+        curves[name] = {
+            share: mask_kl(bench.transcoder, bench.layer, held_out, kept, pool) for share, kept in pairs.items()
+        }
         print(name, curves[name], flush=True)
     return curves
 
 
-def trained_points(
-    bench: Bench, candidates: PairSet, salient: int, held_out: list[SequenceCodes], steps: int, pool: ThreadPoolExecutor
-) -> list[dict[str, object]]:
-    points = []
-    for settings in (
-        {"form": "sqrt", "pair_cost": 1e-7},
-        {"form": "sqrt", "pair_cost": 1.5e-7},
-        {"form": "sqrt", "pair_cost": 1e-6},
-        {"form": "hard_concrete", "pair_cost": 2e-7, "learning_rate": 0.1},
-        {"form": "sqrt", "pair_cost": 4.5e-7, "joint": True, "decoder_learning_rate": 4e-3},
-    ):
-        began = time.perf_counter()
-        trainer = bench.train_mask(candidates, MaskHyperparameters(dictionary="0" * 16, **settings), steps, pool)
-        seconds = time.perf_counter() - began
-        metrics, _ = evaluate_mask(trainer.transcoder, bench.layer, held_out, trainer.kept, salient, pool)
-        points.append(settings | {"seconds": seconds, "steps": steps} | metrics)
-        print({name: points[-1][name] for name in (*settings, "pairs_share", "kl_masked", "kl", "seconds")}, flush=True)
-    return points
+def trained(
+    bench: Bench, candidates: PairSet, salient: int, settings: dict[str, object], steps: int, pool: ThreadPoolExecutor
+) -> dict[str, object]:
+    began = time.perf_counter()
+    trainer = bench.train_mask(candidates, MaskHyperparameters(dictionary="0" * 16, **settings), steps, pool)
+    figures = settings | {"steps": steps, "seconds": time.perf_counter() - began}
+    figures |= evaluate_mask(trainer.transcoder, bench.layer, bench.held_out(), trainer.kept, salient, pool)[0]
+    print({name: figures[name] for name in (*settings, "pairs_share", "kl_masked", "kl", "seconds")}, flush=True)
+    return figures
+
+
+def masks(bench: Bench, pool: ThreadPoolExecutor) -> list[dict[str, object]]:
+    found = bench.salient(CANDIDATE_SHARE)
+    return [trained(bench, found.pairs, found.salient, settings, MASK_STEPS, pool) for settings in MASKS]
+
+
+def joint(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, object]:
+    """Beside the dictionary that it began with, and that one trained on as many more tokens without a mask."""
+    found = bench.salient(JOINT_CANDIDATE_SHARE)
+    figures = trained(bench, found.pairs, found.salient, JOINT, JOINT_STEPS, pool)
+    longer = Bench(bench.cache, FEATURES, TRAINING.tokens + EXTRA_TOKENS)
+    for name, unmasked in (("kl_begun_with", bench), ("kl_unmasked_longer", longer)):
+        every = PairSet.all(unmasked.transcoder, unmasked.layer.geometry.n_heads)
+        figures[name] = mask_kl(unmasked.transcoder, unmasked.layer, unmasked.held_out(), every, pool)
+    return figures
 
 
 class DenseMask:
@@ -206,12 +235,10 @@ def speed(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, float]:
 
 def large(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, float]:
     """Saliency and steps of a mask among all pairs of a large dictionary; what they add to the peak of memory."""
-    total = bench.layer.geometry.n_heads * LARGE_FEATURES**2
-    most = int(LARGE_CANDIDATE_SHARE * total)
-    calibration = bench.codes("train", list(range(CALIBRATION)))
     before, began = peak_bytes(), time.perf_counter()
-    found = salient_pairs(bench.transcoder, bench.layer, calibration, most, THREADS)
-    figures = {"pairs": total, "candidates": len(found.pairs), "saliency_seconds": time.perf_counter() - began}
+    found = bench.salient(LARGE_CANDIDATE_SHARE)
+    figures = {"pairs": int(np.prod(found.pairs.shape)), "candidates": len(found.pairs)}
+    figures["saliency_seconds"] = time.perf_counter() - began
     figures["saliency_added_bytes"] = peak_bytes() - before
     began = time.perf_counter()
     settings = MaskHyperparameters(dictionary="0" * 16, pair_cost=1e-7, learning_rate=0.1)
@@ -230,8 +257,7 @@ def peak_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="steps of 8 sequences per mask")
-    parser.add_argument("--only", choices=["curve", "speed", "large"], help="one part")
+    parser.add_argument("--only", choices=["choices", "masks", "joint", "speed", "large"], help="one part")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, object] = {}
@@ -239,20 +265,13 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        cache = build_cache(load_smollm2(), [LAYER], TRAINING, Path(folder))
-        if arguments.only in (None, "curve"):
+        tokens = TRAINING.tokens + EXTRA_TOKENS
+        cache = build_cache(load_smollm2(), [LAYER], TRAINING.model_copy(update={"tokens": tokens}), Path(folder))
+        if arguments.only in (None, "choices", "masks", "joint"):
             bench = Bench(cache, FEATURES, TRAINING.tokens)
-            held_out = bench.codes("validation", list(range(100)))
-            began = time.perf_counter()
-            calibration = bench.codes("train", list(range(CALIBRATION)))
-            most = int(max(SHARES) * bench.layer.geometry.n_heads * FEATURES**2)
-            found = salient_pairs(bench.transcoder, bench.layer, calibration, most, THREADS)
-            figures["saliency_seconds"] = time.perf_counter() - began
-            figures["curves"] = untrained_curves(
-                bench, found, lambda pairs: mask_kl(bench.transcoder, bench.layer, held_out, pairs, pool)
-            )
-            candidates = found.first(int(CANDIDATE_SHARE * bench.layer.geometry.n_heads * FEATURES**2))
-            figures["trained"] = trained_points(bench, candidates, found.salient, held_out, arguments.steps, pool)
+            for name, part in {"choices": untrained_choices, "masks": masks, "joint": joint}.items():
+                if arguments.only in (None, name):
+                    figures[name] = part(bench, pool)
         if arguments.only in (None, "speed"):
             figures["speed"] = speed(Bench(cache, 512, 100_000), pool)
         if arguments.only in (None, "large"):
