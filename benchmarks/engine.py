@@ -11,8 +11,10 @@ timed with all cores, a step in every eighth of the engine's training, of which 
 would reach is found by training it to the end on the same batches (without recomputing the forward, which would only
 take longer). A quarter of an hour for both layers on two cores. The last line of standard output is JSON, by layer:
 
-    {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …}, "bf16": {…}, "kl": …, "plain_kl": …, "parts": {…},
-           "evaluation_share_of_training": …, "cross_entropy_seconds": … of all 16, not in the engine's time}}
+    {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …}, "bf16": {…}, "kl": …, "kl_seed_0": …, "plain_kl": …,
+           "parts": {…}, "evaluation_share_of_training": …, "cross_entropy_seconds": …}}
+
+The seconds of cross-entropies are of all 16 and not in the engine's time.
 """
 
 import argparse
@@ -71,13 +73,14 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
             parts, "initialisation", lambda: PackTrainer(MEMBERS, attention, cache, reference, TRAINING, 0, threads)
         )
         loops = {name: PlainLoop(model, pack, dtype) for name, dtype in LOOPS.items()}
-        kl = train(pack, parts, [lambda loop=loop: loop.time(threads) for loop in loops.values()])
+        kls = train(pack, parts, [lambda loop=loop: loop.time(threads) for loop in loops.values()])
         seconds = sum(parts.values())
         speed = len(MEMBERS) * pack.tokens_done / seconds
         say(f"layer {layer}: engine {speed:,.0f} training-tokens/s; " + shares(parts))
         result = {
             "engine_tokens_per_second": round(speed),
-            "kl": round(kl, 4),
+            "kl": round(median(kls), 4),
+            "kl_seed_0": round(kls[0], 4),
             "plain_kl": round(plain_kl(pack), 4),
             "parts": {name: round(value, 1) for name, value in parts.items()},
             "evaluation_share_of_training": round((parts["reports"] + parts["final metrics"]) / parts["training"], 4),
@@ -85,12 +88,15 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
         } | {name: loop.figures(speed) for name, loop in loops.items()}
         for name in loops:
             say(f"layer {layer}: {name} loop {result[name]}")
-        say(f"layer {layer}: kl {kl:.4f} (median of 16), plain loop {result['plain_kl']}")
+        say(
+            f"layer {layer}: kl {result['kl']} (median of 16), {result['kl_seed_0']} with seed 0, plain loop "
+            f"{result['plain_kl']} with seed 0"
+        )
         return result
 
 
-def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[[], None]]) -> float:
-    """Trains as a sweep's pack does, with a brief look after each eighth and all metrics at the end; the median kl.
+def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[[], None]]) -> list[float]:
+    """Trains as a sweep's pack does, with a brief look after each eighth and all metrics at the end; each member's kl.
 
     What is to be timed `beside` it is called in every eighth, so that a machine whose speed drifts is fair to both.
     """
@@ -108,7 +114,7 @@ def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[
         if not pack.finished:
             timed(parts, "reports", lambda: measure_on(BRIEF_SEQUENCES))
     metrics = timed(parts, "final metrics", lambda: measure_on(TRAINING.validation_sequences))
-    return median(one["kl"] for one in metrics)
+    return [one["kl"] for one in metrics]
 
 
 def cross_entropy_seconds(model: LanguageModel, pack: PackTrainer) -> float:
