@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -39,9 +40,12 @@ def kill_session(leader: subprocess.Popen[bytes] | subprocess.Popen[str]) -> Non
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the kernel gives to clients, and that Ray listens on unasked (44217 and 44227)."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("none of a hundred ports is free")
 
 
 class RayCluster:
