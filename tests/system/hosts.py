@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tests.system.services import kill_session, start_ray
 
-NETWORK = "10.83.7"
-
 
 def is_possible() -> bool:
     return os.geteuid() == 0 and all(shutil.which(program) for program in ("ip", "unshare"))
@@ -20,8 +18,8 @@ def is_possible() -> bool:
 class RayHosts:
     """A head that only drives, and workers of one CPU; each host has an address, and a /tmp/ray of its own.
 
-    This process is on the network too, at `NETWORK`.254: it is where a person submits from. With `pinned` the worker
-    with the address `NETWORK`.2 has the machine's first CPU only, that with .3 the second, and so on.
+    This process is on the network too, as host 254: it is where a person submits from. With `pinned` worker 2 has the
+    machine's first CPU only, worker 3 the second, and so on.
     """
 
     def __init__(self, workers: int, pinned: bool = False) -> None:
@@ -34,13 +32,15 @@ class RayHosts:
         self._pinned = pinned
         self._prefix = secrets.token_hex(2)
         self._bridge = f"br{self._prefix}"
+        # what a killed run left behind would take the packets of a network of the same addresses
+        self._network = f"10.83.{secrets.randbelow(256)}"
         _ip("link", "add", self._bridge, "type", "bridge")
-        _ip("address", "add", f"{NETWORK}.254/24", "dev", self._bridge)
+        _ip("address", "add", f"{self._network}.254/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
         # of the cluster's file, for `orchestrate submit`
         self.settings = {
             "backend": "ray",
-            "address": f"http://{NETWORK}.1:8265",
+            "address": f"http://{self._network}.1:8265",
             "token_file": str(self.token),
             "python": sys.executable,
         }
@@ -49,8 +49,8 @@ class RayHosts:
             self.add_worker(2 + number)
 
     def add_worker(self, number: int) -> None:
-        """A host with the address `NETWORK`.`number`, which joins."""
-        self._start(number, f"--address={NETWORK}.1:6379", "--num-cpus=1")
+        """A host with the address `number` in the network, which joins."""
+        self._start(number, f"--address={self._network}.1:6379", "--num-cpus=1")
 
     def cut_off(self, number: int) -> None:
         """Pulls a host's cable; what runs there goes on and hears nothing more."""
@@ -78,7 +78,7 @@ class RayHosts:
         _ip("link", "set", cable, "master", self._bridge, "up")
         _ip("link", "set", inside, "netns", name)
         for command in (
-            ("address", "add", f"{NETWORK}.{number}/24", "dev", inside),
+            ("address", "add", f"{self._network}.{number}/24", "dev", inside),
             ("link", "set", inside, "up"),
             ("link", "set", "lo", "up"),
         ):
@@ -93,7 +93,7 @@ class RayHosts:
         command = [
             *(*pin, "ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c"),
             'mount --bind "$0" /tmp/ray && exec "$@"',
-            *(own, ray, "start", f"--node-ip-address={NETWORK}.{number}", *arguments, *options),
+            *(own, ray, "start", f"--node-ip-address={self._network}.{number}", *arguments, *options),
         ]
         self._processes[number] = start_ray(command, self.folder / f"host-{number}", self._environment)
 
