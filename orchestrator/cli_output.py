@@ -1,4 +1,4 @@
-"""What the commands of `orchestrate` share: where they print, and how."""
+"""What the commands of `orchestrate` share: arguments, where they print, and how."""
 
 import json
 import sys
@@ -21,6 +21,10 @@ from qkmodel.errors import InputError
 console = Console(width=None if sys.stdout.isatty() else 120)
 messages = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
+SweepArgument = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="A sweep's folder or address, its sweep file, or its name below runs/.")
+]
+LayerOption = Annotated[int | None, typer.Option("--layer", metavar="N", help="One layer's front only.", min=0)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 
 
