@@ -259,14 +259,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["choices", "masks", "joint", "speed", "large"], help="one part")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     figures: dict[str, object] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        tokens = TRAINING.tokens + EXTRA_TOKENS
+        tokens = TRAINING.tokens + (EXTRA_TOKENS if arguments.only in (None, "joint") else 0)
+        torch.set_num_threads(THREADS)
         cache = build_cache(load_smollm2(), [LAYER], TRAINING.model_copy(update={"tokens": tokens}), Path(folder))
+        torch.set_num_threads(1)
         if arguments.only in (None, "choices", "masks", "joint"):
             bench = Bench(cache, FEATURES, TRAINING.tokens)
             for name, part in {"choices": untrained_choices, "masks": masks, "joint": joint}.items():
