@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 
+from orchestrator.addresses import redact_url
 from orchestrator.cluster.backend import Backend, NoAnswer, backend_of
 from orchestrator.cluster.config import Cluster, load_cluster
 from orchestrator.cluster.job import OVER, Job, JobRecord, JobStatus, all_jobs, new_job
 from orchestrator.config import SweepConfig
 from orchestrator.storage.address import is_bucket
 from orchestrator.storage.opened import local_root
+from orchestrator.validation import explain
 from qkmodel.errors import InputError
 
 
@@ -24,7 +27,13 @@ def for_cluster(config: SweepConfig, name: str) -> tuple[SweepConfig, Cluster]:
     """The sweep as it is to be on the cluster, and the cluster. Raises InputError."""
     cluster = load_cluster(name)
     if cluster.storage is not None:
-        config = SweepConfig.model_validate(config.model_dump(exclude_unset=True) | {"storage": cluster.storage})
+        values = config.model_dump(exclude_unset=True) | {"storage": cluster.storage}
+        try:
+            config = SweepConfig.model_validate(values)
+        except ValidationError as error:
+            # a bucket asks more of a sweep file than a folder does
+            complaint = redact_url(explain(error, values, SweepConfig))
+            raise InputError(f"--cluster: {name} has storage {cluster.storage}, and the sweep's {complaint}") from None
     return config, cluster
 
 

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.cluster.backend import refuse_relative_tracking
 from orchestrator.cluster.config import SlurmCluster
 from orchestrator.cluster.slurm import SlurmBackend
+from orchestrator.cluster.submission import for_cluster
 from orchestrator.config import load_sweep
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import write_sweep
@@ -64,3 +65,14 @@ def test_a_bucket_that_does_not_do_is_refused_before_slurm_or_the_bucket_is_aske
     config = load_sweep(write_sweep(tmp_path, storage="s3://bucket/runs?endpoint_override=127.0.0.1:9", **servers))
     with pytest.raises(InputError, match=r"^storage: s3://bucket/runs\S+ no server answers$"):
         SlurmBackend(SlurmCluster(backend="slurm")).check(config)
+
+
+def test_a_bucket_of_the_clusters_file_that_the_sweep_does_not_go_with_is_one_line(tmp_path: Path) -> None:
+    cluster = tmp_path / "hpc.yaml"
+    cluster.write_text("backend: slurm\nstorage: s3://bucket/runs\n")
+    config = load_sweep(write_sweep(tmp_path, tracking="http://me:hunter2@mlflow:5000"), [])
+    with pytest.raises(
+        InputError, match=r"has storage s3://bucket/runs, and the sweep's ledger: is left out"
+    ) as refused:
+        for_cluster(config, str(cluster))
+    assert "\n" not in str(refused.value) and "hunter2" not in str(refused.value)
