@@ -33,6 +33,7 @@ RECORD, SWEEP, LOG = "job.json", "sweep.yaml", "log"
 PROCESS, EXIT, CANCELLED, OVER_FILE = "process.json", "exit.json", "cancelled", "over.json"
 
 State = Literal["pending", "running", "finished", "failed", "interrupted", "cancelled", "lost", "unknown"]
+ON_ITS_WAY: tuple[State, ...] = ("pending", "running")
 OVER: tuple[State, ...] = ("finished", "failed", "interrupted", "cancelled", "lost")
 Record = TypeVar("Record", bound=Schema)
 INTERRUPTED_CODES = (130, 143)
