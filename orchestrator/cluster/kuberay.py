@@ -56,17 +56,13 @@ class KubeRayBackend:
                 "file or in the cluster's"
             )
         refuse_relative_tracking(config)
-        if config.tracking is not None and redact_url(config.tracking) != config.tracking:
-            raise InputError(
-                "tracking: holds a password, which would lie in the cluster for all to read; leave it out and name a "
-                "Kubernetes secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD under the cluster's "
-                "secrets"
-            )
+        _refuse_password(config)
         self._ask("get", "persistentvolumeclaim", self._cluster.volume_claim, "--output=name")
         if self._ask("auth", "can-i", "create", "rayjobs.ray.io").strip() != "yes":
             raise InputError(f"namespace: you may not create RayJobs in {self._cluster.namespace}")
 
     def script(self, job: Job, config: SweepConfig) -> str:
+        _refuse_password(config)
         return _as_yaml(self.manifests(config, job.record.handle))
 
     def submit(self, job: Job) -> None:
@@ -185,6 +181,14 @@ class KubeRayBackend:
                 return ""
             raise InputError(f"kubectl: {complaint}")
         return ran.stdout
+
+
+def _refuse_password(config: SweepConfig) -> None:
+    if config.tracking is not None and redact_url(config.tracking) != config.tracking:
+        raise InputError(
+            "tracking: holds a password, which would lie in the cluster for all to read; leave it out and name a "
+            "Kubernetes secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD under the cluster's secrets"
+        )
 
 
 class _Plain(yaml.SafeDumper):

@@ -199,6 +199,12 @@ def test_a_dry_run_shows_the_manifests_with_the_sweep_in_them(kubectl: Path) -> 
     assert not Path("runs").exists() and not (kubectl / "calls").exists()
 
 
+def test_a_dry_run_shows_no_password(kubectl: Path) -> None:
+    config = load_sweep(write_sweep(Path.cwd(), tracking="http://user:hunter2@host:5000"))
+    with pytest.raises(InputError, match="tracking: holds a password"):
+        script_of(config, "k")
+
+
 def test_a_dry_run_of_what_this_machine_does_not_have(kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_sweep(Path.cwd(), corpus={"name": str(write_corpus(Path.cwd())), "bos": None, "context": 16})
     gpus = ("resources.pack.gpu=0.5", "resources.activations.gpu=1")
