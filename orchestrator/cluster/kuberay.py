@@ -57,6 +57,12 @@ class KubeRayBackend:
             )
         refuse_relative_tracking(config)
         _refuse_password(config)
+        workers, pack = self._cluster.workers, config.resources.pack
+        if packs_at_once(workers.cpu, workers.gpu, pack) == 0:
+            raise InputError(
+                f"resources.pack: a worker of the cluster, cpu {workers.cpu:g} and gpu {workers.gpu}, is too small for "
+                f"a pack with cpu {pack.cpu:g} and gpu {pack.gpu:g}; ask for less, or for larger workers"
+            )
         self._ask("get", "persistentvolumeclaim", self._cluster.volume_claim, "--output=name")
         if self._ask("auth", "can-i", "create", "rayjobs.ray.io").strip() != "yes":
             raise InputError(f"namespace: you may not create RayJobs in {self._cluster.namespace}")

@@ -160,6 +160,7 @@ def test_a_job_from_submission_to_cancellation(kubectl: Path) -> None:
     [
         ({}, {"storage": "/elsewhere"}, "storage: /elsewhere is not on the shared volume; write a folder below /data"),
         ({"tracking": "http://user:password@host:5000"}, {}, "tracking: holds a password"),
+        ({"resources": {"pack": {"cpu": 8}}}, {}, "a worker of the cluster, cpu 4 and gpu 1, is too small for a pack"),
         ({}, {"volume_claim": "other"}, 'kubectl: Error from server (NotFound): persistentvolumeclaims "other"'),
         ({}, {"namespace": "forbidden"}, "namespace: you may not create RayJobs in forbidden"),
     ],
