@@ -3,6 +3,7 @@
 KubeRay may build the Ray cluster anew (`backoffLimit`): the sweep then goes on from its ledger, on the shared volume.
 """
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,17 @@ class KubeRayBackend:
         return _as_yaml(self.manifests(config, job.record.handle))
 
     def submit(self, job: Job) -> None:
-        self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(load_sweep(job.sweep_file), job.record.handle)))
+        text = _as_yaml(self.manifests(load_sweep(job.sweep_file), job.record.handle))
+        try:
+            self._ask("apply", "--filename=-", text=text)
+        except NoAnswer:
+            raise
+        except InputError:
+            # without an operator that knows the RayJob, or with a quota, only the ConfigMap is made
+            for kind in ("rayjob", "configmap"):
+                with contextlib.suppress(InputError):
+                    self._ask("delete", kind, job.record.handle, "--ignore-not-found")
+            raise
 
     def status(self, job: Job) -> JobStatus:
         answer = self._ask("get", "rayjob", job.record.handle, "--output=json", gone="NotFound")

@@ -53,11 +53,18 @@ elif command[0] == "auth":
     sys.exit((folder / "forbidden").exists())
 elif command[0] == "apply":
     for document in yaml.safe_load_all(sys.stdin):
+        if document["kind"] == "RayJob" and (folder / "no_operator").exists():
+            sys.exit('error: resource mapping not found for name: "%s"' % document["metadata"]["name"])
         (folder / (document["kind"] + ".json")).write_text(json.dumps(document))
 elif command[0] == "get":
     if not (folder / "RayJob.json").exists():
         sys.exit('Error from server (NotFound): rayjobs.ray.io "%s" not found' % command[2])
     print(json.dumps({{"status": json.loads((folder / "status").read_text())}}))
+elif command[:2] == ["delete", "rayjob"]:
+    sys.exit("error: the server doesn't have a resource type \\"rayjob\\"")
+elif command[:2] == ["delete", "configmap"]:
+    assert json.loads((folder / "ConfigMap.json").read_text())["metadata"]["name"] == command[2]
+    (folder / "ConfigMap.json").unlink()
 elif command[0] == "patch":
     (folder / "status").write_text(json.dumps({{"jobDeploymentStatus": "Suspended"}}))
 elif command[0] == "logs":
@@ -176,6 +183,13 @@ def test_what_would_fail_there_is_one_line_before_anything_is_made(
         submit(load_sweep(write_sweep(Path.cwd(), **sweep)), "k")
     assert line in str(refused.value) and "\n" not in str(refused.value) and "password@" not in str(refused.value)
     assert not (kubectl / "RayJob.json").exists() and not Path("runs/jobs").exists()
+
+
+def test_where_kubernetes_refuses_the_rayjob_nothing_is_left(kubectl: Path) -> None:
+    (kubectl / "no_operator").touch()
+    with pytest.raises(InputError, match="kubectl: error: resource mapping not found"):
+        submit(load_sweep(write_sweep(Path.cwd())), "k")
+    assert not (kubectl / "ConfigMap.json").exists() and list(Path("runs/jobs").iterdir()) == []
 
 
 def test_without_kubectl_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
