@@ -4,8 +4,10 @@ KubeRay may build the Ray cluster anew (`backoffLimit`): the sweep then goes on 
 """
 
 import contextlib
+import itertools
 import json
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +17,8 @@ import yaml
 from orchestrator.addresses import redact_url
 from orchestrator.cluster.backend import NoAnswer, refuse_relative_tracking
 from orchestrator.cluster.config import KubeRayCluster, NodeShape
-from orchestrator.cluster.job import SWEEP, Job, JobStatus, State, resolved_yaml
+from orchestrator.cluster.job import ON_ITS_WAY, SWEEP, Job, JobStatus, State, resolved_yaml
+from orchestrator.cluster.log_file import HICCUP_SECONDS
 from orchestrator.config import SweepConfig, load_sweep
 from orchestrator.plan_checks import AUTOSCALING
 from orchestrator.plan_figures import packs_at_once
@@ -24,6 +27,7 @@ from qkmodel.errors import InputError
 
 # with what it takes to start, less than 15
 ANSWER_SECONDS = 10.0
+POLL_SECONDS = 2.0
 FOLDER = "/etc/qk-sweep"
 # Packs write checkpoints within ten seconds of the end.
 END_SECONDS = 30
@@ -101,6 +105,27 @@ class KubeRayBackend:
         return JobStatus(state=state, detail="" if state == "finished" else f"{detail}, {deployment or 'new'}")
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
+        said, state = 0, self.status(job).state
+        patience = time.monotonic() + HICCUP_SECONDS
+        while True:
+            try:
+                if follow and state == "pending":
+                    # the log comes once the Ray cluster is up; when KubeRay begins again, from its beginning
+                    said = 0
+                else:
+                    for line in itertools.islice(self._printed(job, follow), said, None):
+                        yield line
+                        said, patience = said + 1, time.monotonic() + HICCUP_SECONDS
+                    if not follow or state not in ON_ITS_WAY:
+                        return
+                time.sleep(POLL_SECONDS)
+                state, patience = self.status(job).state, time.monotonic() + HICCUP_SECONDS
+            except InputError:
+                if not follow or state not in ON_ITS_WAY or time.monotonic() > patience:
+                    raise
+                time.sleep(POLL_SECONDS)
+
+    def _printed(self, job: Job, follow: bool) -> Iterator[str]:
         # KubeRay's submitter, a Kubernetes job of the same name, prints what the sweep prints
         command = self._command("logs", f"job/{job.record.handle}", *(["--follow"] if follow else []))
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

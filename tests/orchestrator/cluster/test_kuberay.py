@@ -7,6 +7,7 @@ KubeRay's own schema of a RayJob is used where KUBERAY_CRD names its file
 import json
 import os
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -68,7 +69,16 @@ elif command[:2] == ["delete", "configmap"]:
 elif command[0] == "patch":
     (folder / "status").write_text(json.dumps({{"jobDeploymentStatus": "Suspended"}}))
 elif command[0] == "logs":
-    print("what the sweep says")
+    # one JSON list of status and lines for each call, the last one for ever
+    calls = json.loads((folder / "log").read_text()) if (folder / "log").exists() else [[None, "what the sweep says"]]
+    status, *lines = calls[0]
+    if calls[1:]:
+        (folder / "log").write_text(json.dumps(calls[1:]))
+    if status is not None:
+        (folder / "status").write_text(json.dumps({{"jobDeploymentStatus": status}}))
+    if not lines:
+        sys.exit("Error from server (BadRequest): container is waiting to start: ContainerCreating")
+    print("\\n".join(lines))
 """
 
 
@@ -155,11 +165,36 @@ def test_a_job_from_submission_to_cancellation(kubectl: Path) -> None:
         (kubectl / "status").write_text(json.dumps(said))
         assert backend.status(job).state == state
     (kubectl / "status").write_text(json.dumps({"jobDeploymentStatus": "Running"}))
-    assert list(backend.logs(job, follow=True)) == ["what the sweep says\n"]
+    assert list(backend.logs(job, follow=False)) == ["what the sweep says\n"]
     cancel(job)
     assert status_of(job).state == "cancelled"
     (kubectl / "RayJob.json").unlink()
     assert status_of(job).state == "cancelled"
+
+
+def test_following_waits_for_the_cluster_and_goes_on_where_kuberay_begins_again(
+    kubectl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cluster.kuberay.POLL_SECONDS", 0.01)
+    job = submit(load_sweep(write_sweep(Path.cwd())), "k")
+    backend = KubeRayBackend(job.record.cluster)
+    (kubectl / "status").write_text(json.dumps({"jobDeploymentStatus": "Running"}))
+    again = json.dumps({"jobDeploymentStatus": "Running"})
+    calls = [["Running"], ["Running", "one"], ["Retrying", "one", "two"], ["Running", "three"], ["Complete", "three"]]
+    (kubectl / "log").write_text(json.dumps([*calls, [None, "three", "four"]]))
+    said = []
+    for line in backend.logs(job, follow=True):
+        said.append(line.strip())
+        if said[-1] == "two":
+            (kubectl / "status").write_text(json.dumps({"jobDeploymentStatus": "Retrying"}))
+            threading.Timer(0.5, (kubectl / "status").write_text, (again,)).start()
+    assert said == ["one", "two", "three", "four"]
+
+
+def test_following_says_that_kubectl_is_not_there(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = submit(load_sweep(write_sweep(Path.cwd())), "k")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run(["logs", "--follow", job.id]) == 2
 
 
 @pytest.mark.parametrize(
