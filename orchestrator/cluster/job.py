@@ -98,13 +98,14 @@ class Job:
 
     @contextlib.contextmanager
     def cancelling(self) -> Iterator[None]:
-        """Marked first, so that whatever ends the job from now on is this; a block that fails takes the mark away."""
-        mark = self.folder / CANCELLED
+        """Marked first, so that whatever ends the job from now on is this; a block that fails takes its mark away."""
+        mark, was_marked = self.folder / CANCELLED, self.is_cancelled
         mark.touch()
         try:
             yield
         except InputError:
-            mark.unlink()
+            if not was_marked:
+                mark.unlink()
             raise
 
     def over(self) -> JobStatus | None:

@@ -78,7 +78,9 @@ class LocalBackend:
             process.send_signal(signal.SIGTERM)
             _, alive = psutil.wait_procs([process], timeout=END_SECONDS)
             for one in [*process.children(recursive=True), process] if alive else []:
-                one.kill()
+                # with one of them others go
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 def _command(job: Job) -> list[str]:
