@@ -139,6 +139,11 @@ class Job:
         return JobStatus(state="failed", detail=f"exit code {code}: orchestrate logs {self.id}")
 
 
+def exit_code(returned: int) -> int:
+    """As a shell has it: of a process that a signal ended, Popen says the signal's number below zero."""
+    return returned if returned >= 0 else 128 - returned
+
+
 def resolved_yaml(config: SweepConfig) -> str:
     """A sweep file that loads as `config`; what the person left out is left out."""
     # JSON is YAML in which text like 1e5 stays text

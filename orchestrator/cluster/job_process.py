@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.cluster.job import EXIT, PROCESS, SWEEP, ExitRecord, ProcessRecord
+from orchestrator.cluster.job import EXIT, PROCESS, SWEEP, ExitRecord, ProcessRecord, exit_code
 from orchestrator.process_end import end_with_parent
 from qkmodel.files import write_atomically
 
@@ -42,8 +42,7 @@ def main(folder: Path) -> int:
             code = sweep.wait(0.2)
         except subprocess.TimeoutExpired:
             continue
-    # of a process that a signal ended, Popen says the signal's number below zero
-    code = code if code >= 0 else 128 - code
+    code = exit_code(code)
     write_atomically(folder / EXIT, ExitRecord(code=code).model_dump_json().encode())
     return code
 

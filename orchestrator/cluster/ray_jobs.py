@@ -20,7 +20,7 @@ from ray.job_submission import JobStatus as RayStatus
 
 from orchestrator.cluster.backend import NoAnswer, refuse_relative_tracking
 from orchestrator.cluster.config import RayCluster
-from orchestrator.cluster.job import SWEEP, Job, JobStatus
+from orchestrator.cluster.job import SWEEP, Job, JobStatus, exit_code
 from orchestrator.cluster.log_file import HICCUP_SECONDS
 from orchestrator.config import SweepConfig
 from orchestrator.storage.address import is_bucket
@@ -60,7 +60,8 @@ class RayBackend:
         client, deadline = self._client(), time.monotonic() + PROBE_SECONDS
         looks = f"{shlex.quote(self._cluster.python)} -m orchestrator.cluster.probe {shlex.quote(storage)}"
         with _one_line(self._cluster.address):
-            name = _submit_before(deadline, client, entrypoint=looks)
+            environment = {"env_vars": self._cluster.environment}
+            name = _submit_before(deadline, client, entrypoint=looks, runtime_env=environment)
             while not (details := client.get_job_info(name)).status.is_terminal():
                 if time.monotonic() > deadline:
                     client.stop_job(name)
@@ -69,6 +70,9 @@ class RayBackend:
             said = client.get_job_logs(name).strip().splitlines() or [str(details.message)]
         if details.status != RayStatus.SUCCEEDED:
             if "No module named" in said[-1]:
+                if self._cluster.packages:
+                    # which are what is missing, perhaps, and take longer to install than is waited here
+                    return
                 raise InputError(
                     f"python: {self._cluster.python} on the cluster's head does not have this program; name the "
                     "interpreter that has it, or install it there"
@@ -159,6 +163,8 @@ class RayBackend:
                 shutil.copytree(Path(wanted).expanduser(), folder, symlinks=True, ignore=left_out)
             else:
                 folder.mkdir()
+            # a link would be written through, to the person's own file
+            (folder / SWEEP).unlink(missing_ok=True)
             shutil.copy(job.sweep_file, folder / SWEEP)
             yield folder
 
@@ -207,7 +213,7 @@ def _status(job: Job, details: JobDetails) -> JobStatus:
         case RayStatus.SUCCEEDED:
             return JobStatus(state="finished")
     if details.driver_exit_code is not None:
-        return job.status_of_exit(details.driver_exit_code)
+        return job.status_of_exit(exit_code(details.driver_exit_code))
     said = next(iter(str(details.message).splitlines()), "")
     return job.unless_cancelled(JobStatus(state="lost", detail=said))
 
