@@ -17,6 +17,7 @@ from ray.dashboard.modules import dashboard_sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.job_submission import JobStatus as RayStatus
+from urllib3.exceptions import ProtocolError
 
 from orchestrator.cluster.backend import NoAnswer, refuse_relative_tracking
 from orchestrator.cluster.config import RayCluster
@@ -231,6 +232,9 @@ def _one_line(address: str) -> Iterator[None]:
             f"{address}: the cluster does not let you in without its token; token_file names the file that holds it"
         ) from None
     except (ConnectionError, requests.ConnectionError) as error:
+        if isinstance(next(iter(error.args), None), ProtocolError):
+            # it was there, and may have heard
+            raise NoAnswer(f"{address}: the connection broke before the cluster answered") from None
         reason = "refused" if "refused" in str(error.__cause__ or error.__context__ or error) else "no connection"
         raise InputError(
             f"{address}: nobody answers ({reason}); the address is that of the Ray cluster's dashboard, port 8265 as a "

@@ -1,15 +1,19 @@
 """What is handed to Ray's Jobs API, and what its answers mean, with a client that a script plays."""
 
+import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 from ray.job_submission import JobStatus as RayStatus
 
 from orchestrator.cluster.config import RayCluster
-from orchestrator.cluster.job import new_job
+from orchestrator.cluster.job import all_jobs, new_job
 from orchestrator.cluster.ray_jobs import RayBackend
+from orchestrator.cluster.submission import submit
 from orchestrator.config import load_sweep
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import write_sweep
@@ -83,3 +87,22 @@ def test_a_driver_that_a_signal_ended(code: int, state: str, tmp_path: Path, mon
     job = new_job(load_sweep(write_sweep(tmp_path)), "ray", RayCluster(backend="ray", address="http://head:8265"))
     client = Client(status=RayStatus.FAILED, driver_exit_code=code)
     assert backend(monkeypatch, client).status(job).state == state
+
+
+def test_a_job_whose_submission_breaks_off_is_kept_since_it_may_have_arrived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ray.yaml").write_text("backend: ray\naddress: http://head:8265\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=lambda: server.accept()[0].close(), daemon=True).start()
+
+        class Breaking(Client):
+            def submit_job(self, **job: Any) -> str:
+                return requests.post(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=5).text
+
+        monkeypatch.setattr(RayBackend, "check", lambda self, config: None)
+        monkeypatch.setattr(RayBackend, "_client", lambda self: Breaking())
+        with pytest.raises(InputError, match="the connection broke before the cluster answered"):
+            submit(load_sweep(write_sweep(tmp_path)), "ray.yaml")
+    assert [job.id for job in all_jobs()[0]] == ["small-1"]
