@@ -103,6 +103,9 @@ class SlurmBackend:
             return ended
         if name == "CANCELLED":
             return JobStatus(state="cancelled")
+        if name == "FAILED" and job.process() is None:
+            # a line of setup, the interpreter: once more would be the same
+            return JobStatus(state="failed", detail=f"before the sweep began: orchestrate logs {job.id}")
         why = f"SLURM says {name.lower()}" if name else "SLURM no longer knows it"
         return job.unless_cancelled(JobStatus(state="lost", detail=f"{why}; submit it again to go on"))
 

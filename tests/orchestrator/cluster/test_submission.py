@@ -126,3 +126,15 @@ def test_a_job_of_which_nothing_is_known_refuses_no_other(tmp_path: Path, monkey
     elsewhere = new_job(config, "local", LocalCluster())
     (elsewhere.folder / "process.json").write_text('{"host": "elsewhere", "pid": 1, "created": 1.0}')
     assert submit(config, "local").id == "small-2"
+
+
+@pytest.mark.parametrize(("begun", "state"), [(False, "failed"), (True, "lost")])
+def test_a_slurm_job_that_fails_before_the_sweep_begins_is_not_to_be_submitted_again(
+    begun: bool, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = new_job(load_sweep(write_sweep(tmp_path)), "hpc", SlurmCluster(backend="slurm"))
+    monkeypatch.setattr("orchestrator.cluster.slurm._ask", lambda *command: "FAILED|NonZeroExitCode|node1|7\n")
+    if begun:
+        (job.folder / "process.json").write_text('{"host": "node1", "pid": 1, "created": 1.0}')
+    assert known_statuses([job])[0][1].state == state
