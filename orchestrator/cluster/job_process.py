@@ -27,10 +27,11 @@ def write_process(folder: Path, process: psutil.Process) -> None:
 def main(folder: Path) -> int:
     """Runs to the sweep's end; its exit code."""
     (folder / EXIT).unlink(missing_ok=True)
-    write_process(folder, psutil.Process())
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: asked.append(received))
+    # who reads of it may send a signal
+    write_process(folder, psutil.Process())
     command = [sys.executable, "-m", "orchestrator", "sweep", str(folder / SWEEP)]
     # killed alone, it would leave a sweep that nobody can cancel
     sweep = subprocess.Popen(command, preexec_fn=end_with_parent())
