@@ -6,6 +6,7 @@ KubeRay may build the Ray cluster anew (`backoffLimit`): the sweep then goes on 
 import contextlib
 import itertools
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,6 @@ from orchestrator.cluster.config import KubeRayCluster, NodeShape
 from orchestrator.cluster.job import ON_ITS_WAY, SWEEP, Job, JobStatus, State, resolved_yaml
 from orchestrator.cluster.log_file import HICCUP_SECONDS
 from orchestrator.config import SweepConfig, load_sweep
-from orchestrator.plan_checks import AUTOSCALING
 from orchestrator.plan_figures import packs_at_once
 from orchestrator.storage.address import is_bucket
 from qkmodel.errors import InputError
@@ -33,6 +33,7 @@ FOLDER = "/etc/qk-sweep"
 END_SECONDS = 30
 # Ray's object store holds nothing of ours: what is large is memory-mapped from files.
 _OBJECT_STORE = "100000000"
+_LOGGED = re.compile(r"[IWEF]\d{4} ")
 # ray-operator/apis/ray/v1/rayjob_types.go
 _STATES: dict[str, State] = {
     "": "pending",
@@ -132,13 +133,16 @@ class KubeRayBackend:
             yield from process.stdout
             complaint = process.stderr.read()
         if process.returncode != 0:
-            raise InputError(f"kubectl: {' '.join(complaint.split())}")
+            raise InputError(f"kubectl: {_complaint(complaint)}")
 
     def cancel(self, job: Job) -> None:
         self._ask("patch", "rayjob", job.record.handle, "--type=merge", "--patch", '{"spec": {"suspend": true}}')
 
     def manifests(self, config: SweepConfig, name: str) -> list[dict[str, Any]]:
         """The sweep file as a ConfigMap, and the RayJob that runs it."""
+        # takes torch, for which nobody who asks for a job should wait
+        from orchestrator.plan_checks import AUTOSCALING
+
         cluster = self._cluster
         packs = cluster.workers.most * packs_at_once(cluster.workers.cpu, cluster.workers.gpu, config.resources.pack)
         scaling = cluster.workers.least < cluster.workers.most
@@ -218,11 +222,17 @@ class KubeRayBackend:
             raise NoAnswer(f"kubectl: the cluster did not answer within {ANSWER_SECONDS:.0f} s") from None
         # `auth can-i` says no with an exit code
         if ran.returncode != 0 and ran.stdout.strip() != "no":
-            complaint = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"
+            complaint = _complaint(ran.stderr) or f"exit code {ran.returncode}"
             if gone is not None and gone in complaint:
                 return ""
             raise InputError(f"kubectl: {complaint}")
         return ran.stdout
+
+
+def _complaint(said: str) -> str:
+    """What kubectl has to say, in one line: without what it logs of each of its attempts, if it says more than that."""
+    lines = said.splitlines()
+    return " ".join(" ".join([line for line in lines if not _LOGGED.match(line)] or lines).split())
 
 
 def _refuse_password(config: SweepConfig) -> None:

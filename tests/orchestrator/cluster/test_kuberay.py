@@ -227,6 +227,16 @@ def test_where_kubernetes_refuses_the_rayjob_nothing_is_left(kubectl: Path) -> N
     assert not (kubectl / "ConfigMap.json").exists() and list(Path("runs/jobs").iterdir()) == []
 
 
+def test_what_kubectl_logs_of_its_attempts_is_no_part_of_the_line(kubectl: Path) -> None:
+    noise = 'E1126 18:45:13.473378   18616 memcache.go:265] "Unhandled Error" err="connection refused"'
+    line = "The connection to the server localhost:8080 was refused - did you specify the right host or port?"
+    (kubectl / "said").write_text(f"{noise}\n{noise}\n{line}\n")
+    (kubectl / "kubectl").write_text(f"#!/bin/sh\ncat {kubectl}/said >&2\nexit 1\n")
+    with pytest.raises(InputError) as refused:
+        submit(load_sweep(write_sweep(Path.cwd())), "k")
+    assert str(refused.value) == f"kubectl: {line}"
+
+
 def test_without_kubectl_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
