@@ -14,7 +14,6 @@ from orchestrator.cluster.config import SlurmCluster
 from orchestrator.cluster.job import ON_ITS_WAY, Job, JobStatus, State
 from orchestrator.cluster.log_file import follow_file
 from orchestrator.config import SweepConfig
-from orchestrator.plan import make_plan
 from orchestrator.storage_check import check_storage
 from qkmodel.errors import InputError
 
@@ -50,6 +49,9 @@ class SlurmBackend:
         wanted = self._cluster.partition
         if wanted is not None and wanted not in partitions:
             raise InputError(f"partition: {wanted} is none of this cluster's; it has {', '.join(partitions)}")
+        # takes torch, for which nobody who asks for a job should wait
+        from orchestrator.plan import make_plan
+
         # the nodes have the same environment and folders, but not the same CPUs and GPUs
         make_plan(config, here=False)
 
