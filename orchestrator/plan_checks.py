@@ -19,6 +19,10 @@ RAY_ADDRESS = "RAY_ADDRESS"
 # on the head of a cluster whose nodes come when they are asked for: how many packs it may grow to
 AUTOSCALING = "ORCHESTRATE_AUTOSCALING"
 ANSWER_SECONDS = 10.0
+GREETING_SECONDS = 5.0
+# with which HTTP/2, and so gRPC, begins from either side
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_SETTINGS = b"\4"
 
 
 def machine_cpus() -> int:
@@ -73,7 +77,7 @@ def check_tracking(tracking: str | None, storage: Path) -> None:
 
 
 def check_cluster() -> None:
-    """Refuses a `RAY_ADDRESS` at which nobody answers."""
+    """Refuses a `RAY_ADDRESS` at which nobody answers, or somebody else: Ray would wait minutes for either."""
     address = os.environ.get(RAY_ADDRESS)
     if not address:
         return
@@ -81,9 +85,27 @@ def check_cluster() -> None:
     if not (host and port.isascii() and port.isdigit()) or "/" in host:
         raise InputError(f"{RAY_ADDRESS}: {address} is no HOST:PORT of a Ray head node; 6379 is the usual port")
     try:
-        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        with socket.create_connection((host, int(port)), ANSWER_SECONDS) as connection:
+            is_ray = _speaks_grpc(connection)
     except (OSError, OverflowError, UnicodeError) as error:
         raise InputError(
             f"{RAY_ADDRESS}: no Ray head node answers at {address} ({getattr(error, 'strerror', None) or error}); "
             "start one, or unset the variable to train on this machine alone"
         ) from error
+    if not is_ray:
+        raise InputError(
+            f"{RAY_ADDRESS}: what answers at {address} is no Ray head node; its port is 6379 as a rule, not the "
+            "dashboard's"
+        )
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        # greets in another way, and is not looked at further
+        return True
+    connection.settimeout(GREETING_SECONDS)
+    try:
+        connection.sendall(_GREETING)
+        return connection.recv(9)[3:4] == _SETTINGS
+    except OSError:
+        return False

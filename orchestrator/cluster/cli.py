@@ -52,10 +52,10 @@ def submit(
 def jobs(as_json: JsonOption = False) -> None:
     """What was submitted from this folder, and where it is."""
     from orchestrator.cluster.job import all_jobs
-    from orchestrator.cluster.submission import jobs_table, known_status
+    from orchestrator.cluster.submission import jobs_table, known_statuses
 
     readable, complaints = all_jobs()
-    listed = [(job, known_status(job)) for job in readable]
+    listed = known_statuses(readable)
     for line in complaints:
         messages.print(line, markup=False, highlight=False, soft_wrap=True)
     if as_json:

@@ -18,6 +18,8 @@ FOLDER = Path("clusters")
 LOCAL = "local"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _SECRET = re.compile(r"PASS|PWD|TOKEN$|SECRET|CREDENTIAL|_PAT$|KEY$", re.IGNORECASE)
+# AWS_SHARED_CREDENTIALS_FILE, PGPASSFILE: where a secret is, which is none
+_PLACE = re.compile(r"(FILE|PATH|DIR)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.IGNORECASE)
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}", re.ASCII)
 # what the batch script says itself
 _OWN_OPTIONS = (
@@ -70,7 +72,8 @@ class _Cluster(Schema):
         for name, value in environment.items() if isinstance(environment, dict) else ():
             if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
                 raise ValueError(f"{name} is no name of an environment variable")
-            if _SECRET.search(name) or redact_url(str(value)) != str(value):
+            is_secret = _SECRET.search(name) and not _PLACE.search(name)
+            if is_secret or redact_url(str(value)) != str(value):
                 raise InputError(
                     f"environment.{name}: looks like a secret, which would lie in files; have the cluster set it "
                     "(a file only you can read, or a Kubernetes secret), or name a file that holds it"

@@ -33,6 +33,7 @@ RECORD, SWEEP, LOG = "job.json", "sweep.yaml", "log"
 PROCESS, EXIT, CANCELLED, OVER_FILE = "process.json", "exit.json", "cancelled", "over.json"
 
 State = Literal["pending", "running", "finished", "failed", "interrupted", "cancelled", "lost", "unknown"]
+ON_ITS_WAY: tuple[State, ...] = ("pending", "running")
 OVER: tuple[State, ...] = ("finished", "failed", "interrupted", "cancelled", "lost")
 Record = TypeVar("Record", bound=Schema)
 INTERRUPTED_CODES = (130, 143)
@@ -97,13 +98,14 @@ class Job:
 
     @contextlib.contextmanager
     def cancelling(self) -> Iterator[None]:
-        """Marked first, so that whatever ends the job from now on is this; a block that fails takes the mark away."""
-        mark = self.folder / CANCELLED
+        """Marked first, so that whatever ends the job from now on is this; a block that fails takes its mark away."""
+        mark, was_marked = self.folder / CANCELLED, self.is_cancelled
         mark.touch()
         try:
             yield
         except InputError:
-            mark.unlink()
+            if not was_marked:
+                mark.unlink()
             raise
 
     def over(self) -> JobStatus | None:
@@ -135,6 +137,11 @@ class Job:
         if code in INTERRUPTED_CODES:
             return JobStatus(state="interrupted", detail="submit it again to go on")
         return JobStatus(state="failed", detail=f"exit code {code}: orchestrate logs {self.id}")
+
+
+def exit_code(returned: int) -> int:
+    """As a shell has it: of a process that a signal ended, Popen says the signal's number below zero."""
+    return returned if returned >= 0 else 128 - returned
 
 
 def resolved_yaml(config: SweepConfig) -> str:

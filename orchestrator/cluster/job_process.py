@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.cluster.job import EXIT, PROCESS, SWEEP, ExitRecord, ProcessRecord
+from orchestrator.cluster.job import EXIT, PROCESS, SWEEP, ExitRecord, ProcessRecord, exit_code
 from orchestrator.process_end import end_with_parent
 from qkmodel.files import write_atomically
 
@@ -27,10 +27,11 @@ def write_process(folder: Path, process: psutil.Process) -> None:
 def main(folder: Path) -> int:
     """Runs to the sweep's end; its exit code."""
     (folder / EXIT).unlink(missing_ok=True)
-    write_process(folder, psutil.Process())
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: asked.append(received))
+    # who reads of it may send a signal
+    write_process(folder, psutil.Process())
     command = [sys.executable, "-m", "orchestrator", "sweep", str(folder / SWEEP)]
     # killed alone, it would leave a sweep that nobody can cancel
     sweep = subprocess.Popen(command, preexec_fn=end_with_parent())
@@ -42,8 +43,7 @@ def main(folder: Path) -> int:
             code = sweep.wait(0.2)
         except subprocess.TimeoutExpired:
             continue
-    # of a process that a signal ended, Popen says the signal's number below zero
-    code = code if code >= 0 else 128 - code
+    code = exit_code(code)
     write_atomically(folder / EXIT, ExitRecord(code=code).model_dump_json().encode())
     return code
 

@@ -3,8 +3,12 @@
 KubeRay may build the Ray cluster anew (`backoffLimit`): the sweep then goes on from its ledger, on the shared volume.
 """
 
+import contextlib
+import itertools
 import json
+import re
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -14,19 +18,22 @@ import yaml
 from orchestrator.addresses import redact_url
 from orchestrator.cluster.backend import NoAnswer, refuse_relative_tracking
 from orchestrator.cluster.config import KubeRayCluster, NodeShape
-from orchestrator.cluster.job import SWEEP, Job, JobStatus, State, resolved_yaml
+from orchestrator.cluster.job import ON_ITS_WAY, SWEEP, Job, JobStatus, State, resolved_yaml
+from orchestrator.cluster.log_file import HICCUP_SECONDS
 from orchestrator.config import SweepConfig, load_sweep
-from orchestrator.plan_checks import AUTOSCALING
 from orchestrator.plan_figures import packs_at_once
 from orchestrator.storage.address import is_bucket
 from qkmodel.errors import InputError
 
-ANSWER_SECONDS = 12.0
+# with what it takes to start, less than 15
+ANSWER_SECONDS = 10.0
+POLL_SECONDS = 2.0
 FOLDER = "/etc/qk-sweep"
 # Packs write checkpoints within ten seconds of the end.
 END_SECONDS = 30
 # Ray's object store holds nothing of ours: what is large is memory-mapped from files.
 _OBJECT_STORE = "100000000"
+_LOGGED = re.compile(r"[IWEF]\d{4} ")
 # ray-operator/apis/ray/v1/rayjob_types.go
 _STATES: dict[str, State] = {
     "": "pending",
@@ -55,21 +62,33 @@ class KubeRayBackend:
                 "file or in the cluster's"
             )
         refuse_relative_tracking(config)
-        if config.tracking is not None and redact_url(config.tracking) != config.tracking:
+        _refuse_password(config)
+        workers, pack = self._cluster.workers, config.resources.pack
+        if packs_at_once(workers.cpu, workers.gpu, pack) == 0:
             raise InputError(
-                "tracking: holds a password, which would lie in the cluster for all to read; leave it out and name a "
-                "Kubernetes secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD under the cluster's "
-                "secrets"
+                f"resources.pack: a worker of the cluster, cpu {workers.cpu:g} and gpu {workers.gpu}, is too small for "
+                f"a pack with cpu {pack.cpu:g} and gpu {pack.gpu:g}; ask for less, or for larger workers"
             )
         self._ask("get", "persistentvolumeclaim", self._cluster.volume_claim, "--output=name")
         if self._ask("auth", "can-i", "create", "rayjobs.ray.io").strip() != "yes":
             raise InputError(f"namespace: you may not create RayJobs in {self._cluster.namespace}")
 
     def script(self, job: Job, config: SweepConfig) -> str:
+        _refuse_password(config)
         return _as_yaml(self.manifests(config, job.record.handle))
 
     def submit(self, job: Job) -> None:
-        self._ask("apply", "--filename=-", text=_as_yaml(self.manifests(load_sweep(job.sweep_file), job.record.handle)))
+        text = _as_yaml(self.manifests(load_sweep(job.sweep_file), job.record.handle))
+        try:
+            self._ask("apply", "--filename=-", text=text)
+        except NoAnswer:
+            raise
+        except InputError:
+            # without an operator that knows the RayJob, or with a quota, only the ConfigMap is made
+            for kind in ("rayjob", "configmap"):
+                with contextlib.suppress(InputError):
+                    self._ask("delete", kind, job.record.handle, "--ignore-not-found")
+            raise
 
     def status(self, job: Job) -> JobStatus:
         answer = self._ask("get", "rayjob", job.record.handle, "--output=json", gone="NotFound")
@@ -87,19 +106,43 @@ class KubeRayBackend:
         return JobStatus(state=state, detail="" if state == "finished" else f"{detail}, {deployment or 'new'}")
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
+        said, state = 0, self.status(job).state
+        patience = time.monotonic() + HICCUP_SECONDS
+        while True:
+            try:
+                if follow and state == "pending":
+                    # the log comes once the Ray cluster is up; when KubeRay begins again, from its beginning
+                    said = 0
+                else:
+                    for line in itertools.islice(self._printed(job, follow), said, None):
+                        yield line
+                        said, patience = said + 1, time.monotonic() + HICCUP_SECONDS
+                    if not follow or state not in ON_ITS_WAY:
+                        return
+                time.sleep(POLL_SECONDS)
+                state, patience = self.status(job).state, time.monotonic() + HICCUP_SECONDS
+            except InputError:
+                if not follow or state not in ON_ITS_WAY or time.monotonic() > patience:
+                    raise
+                time.sleep(POLL_SECONDS)
+
+    def _printed(self, job: Job, follow: bool) -> Iterator[str]:
         # KubeRay's submitter, a Kubernetes job of the same name, prints what the sweep prints
         command = self._command("logs", f"job/{job.record.handle}", *(["--follow"] if follow else []))
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             yield from process.stdout
             complaint = process.stderr.read()
         if process.returncode != 0:
-            raise InputError(f"kubectl: {' '.join(complaint.split())}")
+            raise InputError(f"kubectl: {_complaint(complaint)}")
 
     def cancel(self, job: Job) -> None:
         self._ask("patch", "rayjob", job.record.handle, "--type=merge", "--patch", '{"spec": {"suspend": true}}')
 
     def manifests(self, config: SweepConfig, name: str) -> list[dict[str, Any]]:
         """The sweep file as a ConfigMap, and the RayJob that runs it."""
+        # takes torch, for which nobody who asks for a job should wait
+        from orchestrator.plan_checks import AUTOSCALING
+
         cluster = self._cluster
         packs = cluster.workers.most * packs_at_once(cluster.workers.cpu, cluster.workers.gpu, config.resources.pack)
         scaling = cluster.workers.least < cluster.workers.most
@@ -179,11 +222,25 @@ class KubeRayBackend:
             raise NoAnswer(f"kubectl: the cluster did not answer within {ANSWER_SECONDS:.0f} s") from None
         # `auth can-i` says no with an exit code
         if ran.returncode != 0 and ran.stdout.strip() != "no":
-            complaint = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"
+            complaint = _complaint(ran.stderr) or f"exit code {ran.returncode}"
             if gone is not None and gone in complaint:
                 return ""
             raise InputError(f"kubectl: {complaint}")
         return ran.stdout
+
+
+def _complaint(said: str) -> str:
+    """What kubectl has to say, in one line: without what it logs of each of its attempts, if it says more than that."""
+    lines = said.splitlines()
+    return " ".join(" ".join([line for line in lines if not _LOGGED.match(line)] or lines).split())
+
+
+def _refuse_password(config: SweepConfig) -> None:
+    if config.tracking is not None and redact_url(config.tracking) != config.tracking:
+        raise InputError(
+            "tracking: holds a password, which would lie in the cluster for all to read; leave it out and name a "
+            "Kubernetes secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD under the cluster's secrets"
+        )
 
 
 class _Plain(yaml.SafeDumper):

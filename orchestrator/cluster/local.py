@@ -15,7 +15,6 @@ from orchestrator.cluster.job import Job, JobStatus
 from orchestrator.cluster.job_process import write_process
 from orchestrator.cluster.log_file import follow_file
 from orchestrator.config import SweepConfig
-from orchestrator.plan import make_plan
 from qkmodel.errors import InputError
 
 # a sweep ends within ten seconds of SIGTERM
@@ -29,6 +28,9 @@ class LocalBackend:
         self._cluster = cluster
 
     def check(self, config: SweepConfig) -> None:
+        # takes torch, for which nobody who asks for a job should wait
+        from orchestrator.plan import make_plan
+
         make_plan(config)
 
     def script(self, job: Job, config: SweepConfig) -> str:
@@ -78,7 +80,9 @@ class LocalBackend:
             process.send_signal(signal.SIGTERM)
             _, alive = psutil.wait_procs([process], timeout=END_SECONDS)
             for one in [*process.children(recursive=True), process] if alive else []:
-                one.kill()
+                # with one of them others go
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
 
 
 def _command(job: Job) -> list[str]:

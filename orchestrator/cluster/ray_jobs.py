@@ -17,10 +17,11 @@ from ray.dashboard.modules import dashboard_sdk
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 from ray.job_submission import JobStatus as RayStatus
+from urllib3.exceptions import ProtocolError
 
 from orchestrator.cluster.backend import NoAnswer, refuse_relative_tracking
 from orchestrator.cluster.config import RayCluster
-from orchestrator.cluster.job import SWEEP, Job, JobStatus
+from orchestrator.cluster.job import SWEEP, Job, JobStatus, exit_code
 from orchestrator.cluster.log_file import HICCUP_SECONDS
 from orchestrator.config import SweepConfig
 from orchestrator.storage.address import is_bucket
@@ -60,7 +61,8 @@ class RayBackend:
         client, deadline = self._client(), time.monotonic() + PROBE_SECONDS
         looks = f"{shlex.quote(self._cluster.python)} -m orchestrator.cluster.probe {shlex.quote(storage)}"
         with _one_line(self._cluster.address):
-            name = _submit_before(deadline, client, entrypoint=looks)
+            environment = {"env_vars": self._cluster.environment}
+            name = _submit_before(deadline, client, entrypoint=looks, runtime_env=environment)
             while not (details := client.get_job_info(name)).status.is_terminal():
                 if time.monotonic() > deadline:
                     client.stop_job(name)
@@ -69,6 +71,9 @@ class RayBackend:
             said = client.get_job_logs(name).strip().splitlines() or [str(details.message)]
         if details.status != RayStatus.SUCCEEDED:
             if "No module named" in said[-1]:
+                if self._cluster.packages:
+                    # which are what is missing, perhaps, and take longer to install than is waited here
+                    return
                 raise InputError(
                     f"python: {self._cluster.python} on the cluster's head does not have this program; name the "
                     "interpreter that has it, or install it there"
@@ -159,6 +164,8 @@ class RayBackend:
                 shutil.copytree(Path(wanted).expanduser(), folder, symlinks=True, ignore=left_out)
             else:
                 folder.mkdir()
+            # a link would be written through, to the person's own file
+            (folder / SWEEP).unlink(missing_ok=True)
             shutil.copy(job.sweep_file, folder / SWEEP)
             yield folder
 
@@ -207,7 +214,7 @@ def _status(job: Job, details: JobDetails) -> JobStatus:
         case RayStatus.SUCCEEDED:
             return JobStatus(state="finished")
     if details.driver_exit_code is not None:
-        return job.status_of_exit(details.driver_exit_code)
+        return job.status_of_exit(exit_code(details.driver_exit_code))
     said = next(iter(str(details.message).splitlines()), "")
     return job.unless_cancelled(JobStatus(state="lost", detail=said))
 
@@ -225,6 +232,9 @@ def _one_line(address: str) -> Iterator[None]:
             f"{address}: the cluster does not let you in without its token; token_file names the file that holds it"
         ) from None
     except (ConnectionError, requests.ConnectionError) as error:
+        if isinstance(next(iter(error.args), None), ProtocolError):
+            # it was there, and may have heard
+            raise NoAnswer(f"{address}: the connection broke before the cluster answered") from None
         reason = "refused" if "refused" in str(error.__cause__ or error.__context__ or error) else "no connection"
         raise InputError(
             f"{address}: nobody answers ({reason}); the address is that of the Ray cluster's dashboard, port 8265 as a "

@@ -11,14 +11,14 @@ import jinja2
 
 from orchestrator.cluster.backend import NoAnswer
 from orchestrator.cluster.config import SlurmCluster
-from orchestrator.cluster.job import Job, JobStatus, State
+from orchestrator.cluster.job import ON_ITS_WAY, Job, JobStatus, State
 from orchestrator.cluster.log_file import follow_file
 from orchestrator.config import SweepConfig
-from orchestrator.plan import make_plan
 from orchestrator.storage_check import check_storage
 from qkmodel.errors import InputError
 
-ANSWER_SECONDS = 12.0
+# with what it takes to start, less than 15
+ANSWER_SECONDS = 10.0
 # what SLURM calls a job's states (man squeue)
 _STATES: dict[str, State] = {
     "PENDING": "pending",
@@ -45,12 +45,15 @@ class SlurmBackend:
     def check(self, config: SweepConfig) -> None:
         # before the plan, which asks a bucket with more patience
         check_storage(config.name, config.storage)
-        # the nodes have the same environment and folders, but not the same CPUs and GPUs
-        make_plan(config, here=False)
         partitions = _ask("sinfo", "--noheader", "--format=%R").split()
         wanted = self._cluster.partition
         if wanted is not None and wanted not in partitions:
             raise InputError(f"partition: {wanted} is none of this cluster's; it has {', '.join(partitions)}")
+        # takes torch, for which nobody who asks for a job should wait
+        from orchestrator.plan import make_plan
+
+        # the nodes have the same environment and folders, but not the same CPUs and GPUs
+        make_plan(config, here=False)
 
     def script(self, job: Job, config: SweepConfig) -> str:
         return self._script(job)
@@ -102,11 +105,14 @@ class SlurmBackend:
             return ended
         if name == "CANCELLED":
             return JobStatus(state="cancelled")
+        if name == "FAILED" and job.process() is None:
+            # a line of setup, the interpreter: once more would be the same
+            return JobStatus(state="failed", detail=f"before the sweep began: orchestrate logs {job.id}")
         why = f"SLURM says {name.lower()}" if name else "SLURM no longer knows it"
         return job.unless_cancelled(JobStatus(state="lost", detail=f"{why}; submit it again to go on"))
 
     def logs(self, job: Job, follow: bool) -> Iterator[str]:
-        return follow_file(job.log, follow, lambda: self.status(job).state not in ("pending", "running"))
+        return follow_file(job.log, follow, lambda: self.status(job).state not in ON_ITS_WAY)
 
     def cancel(self, job: Job) -> None:
         _ask("scancel", f"--name={job.record.handle}")

@@ -4,27 +4,39 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 
+from orchestrator.addresses import redact_url
 from orchestrator.cluster.backend import Backend, NoAnswer, backend_of
 from orchestrator.cluster.config import Cluster, load_cluster
-from orchestrator.cluster.job import OVER, Job, JobRecord, JobStatus, all_jobs, new_job
+from orchestrator.cluster.job import ON_ITS_WAY, OVER, Job, JobRecord, JobStatus, all_jobs, new_job
 from orchestrator.config import SweepConfig
 from orchestrator.storage.address import is_bucket
 from orchestrator.storage.opened import local_root
+from orchestrator.validation import explain
 from qkmodel.errors import InputError
+
+_ASKED_AT_ONCE = 32
 
 
 def for_cluster(config: SweepConfig, name: str) -> tuple[SweepConfig, Cluster]:
     """The sweep as it is to be on the cluster, and the cluster. Raises InputError."""
     cluster = load_cluster(name)
     if cluster.storage is not None:
-        config = SweepConfig.model_validate(config.model_dump(exclude_unset=True) | {"storage": cluster.storage})
+        values = config.model_dump(exclude_unset=True) | {"storage": cluster.storage}
+        try:
+            config = SweepConfig.model_validate(values)
+        except ValidationError as error:
+            # a bucket asks more of a sweep file than a folder does
+            complaint = redact_url(explain(error, values, SweepConfig))
+            raise InputError(f"--cluster: {name} has storage {cluster.storage}, and the sweep's {complaint}") from None
     return config, cluster
 
 
@@ -33,8 +45,9 @@ def submit(config: SweepConfig, cluster_name: str) -> Job:
     config, cluster = for_cluster(config, cluster_name)
     backend = backend_of(cluster)
     with _alone():
-        _refuse_twice(config)
+        # first, since it has a cluster that does not answer refused at once: each of its jobs would take as long
         backend.check(config)
+        _refuse_twice(config)
         job = new_job(config, cluster_name, cluster)
         try:
             backend.submit(job)
@@ -60,8 +73,10 @@ def _alone() -> Iterator[None]:
 
 def _refuse_twice(config: SweepConfig) -> None:
     """Two jobs of a sweep would wait for each other's lease, on the cluster's time."""
-    for job in all_jobs()[0]:
-        if job.record.sweep == config.name and _same_place(job, config) and _may_still_train(job):
+    same = [job for job in all_jobs()[0] if job.record.sweep == config.name and _same_place(job, config)]
+    for job, status in known_statuses(same):
+        # of a cluster that cannot be asked any more, nothing is known
+        if status.state in ON_ITS_WAY:
             raise InputError(
                 f"name: job {job.id} of this sweep is not over yet; follow it with orchestrate logs -f {job.id}, or "
                 f"end it with orchestrate cancel {job.id}"
@@ -73,14 +88,6 @@ def _same_place(job: Job, config: SweepConfig) -> bool:
         return local_root(job.record.storage) == local_root(config.storage)
     written = Path(job.record.working_directory, Path(job.record.storage).expanduser())
     return os.path.normpath(written) == os.path.normpath(Path(config.storage).expanduser().absolute())
-
-
-def _may_still_train(job: Job) -> bool:
-    """Whether the job is known to be on its way. Of a cluster that cannot be asked any more, nothing is known."""
-    try:
-        return status_of(job).state not in OVER
-    except InputError:
-        return False
 
 
 def status_of(job: Job) -> JobStatus:
@@ -135,8 +142,14 @@ def jobs_table(jobs: list[tuple[Job, JobStatus]]) -> Table:
     return table
 
 
-def known_status(job: Job) -> JobStatus:
-    """The same as `status_of`; `unknown`, with the reason, where its cluster cannot be asked."""
+def known_statuses(jobs: Sequence[Job]) -> list[tuple[Job, JobStatus]]:
+    """Each with its status; `unknown`, with the reason, where its cluster cannot be asked."""
+    # together: clusters that do not answer are waited for
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        return list(zip(jobs, pool.map(_known_status, jobs), strict=True))
+
+
+def _known_status(job: Job) -> JobStatus:
     try:
         return status_of(job)
     except InputError as error:

@@ -35,6 +35,11 @@ def test_a_time_limit_that_leaves_more_than_the_grace(time: str, tmp_path: Path)
     assert load_cluster(str(file)).time == time
 
 
+@pytest.mark.parametrize("name", ["PGPASSFILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS"])
+def test_where_a_secret_lies_is_none(name: str) -> None:
+    assert LocalCluster(environment={name: "/home/me/it"}).environment == {name: "/home/me/it"}
+
+
 def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_cluster("local") == LocalCluster()

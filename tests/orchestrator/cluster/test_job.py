@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import stat
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -11,6 +13,7 @@ import pytest
 from orchestrator.cli import run
 from orchestrator.cluster.config import LocalCluster, RayCluster
 from orchestrator.cluster.job import EXIT, RECORD, SWEEP, JobStatus, all_jobs, new_job, open_job, resolved_yaml
+from orchestrator.cluster.job_process import write_process
 from orchestrator.cluster.local import LocalBackend
 from orchestrator.cluster.submission import cancel, status_of, submit
 from orchestrator.config import load_sweep
@@ -106,6 +109,34 @@ def test_a_cancellation_that_fails_leaves_no_mark(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="small-1: runs on elsewhere"):
         cancel(job)
     assert not job.is_cancelled
+
+
+def test_a_second_cancellation_that_fails_leaves_the_mark_of_the_first(tmp_path: Path) -> None:
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
+    with job.cancelling():
+        pass
+    with pytest.raises(InputError), job.cancelling():
+        raise InputError("it does not run any more")
+    assert job.is_cancelled
+
+
+def test_what_is_left_of_a_cancelled_job_is_killed_although_some_of_it_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = new_job(load_sweep(write_sweep(tmp_path)), "local", LocalCluster())
+    deaf = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; exec sleep 60"], stdout=subprocess.PIPE)
+    deaf.stdout.readline()
+    gone = subprocess.Popen(["true"])
+    left = psutil.Process(gone.pid)
+    gone.wait()
+    write_process(job.folder, psutil.Process(deaf.pid))
+    monkeypatch.setattr("orchestrator.cluster.local.END_SECONDS", 0.1)
+    monkeypatch.setattr("psutil.Process.children", lambda self, recursive: [left])
+    try:
+        cancel(job)
+        assert deaf.wait(5) == -signal.SIGKILL
+    finally:
+        deaf.kill()
 
 
 def test_a_job_can_be_cancelled_as_soon_as_it_is_submitted(tmp_path: Path) -> None:

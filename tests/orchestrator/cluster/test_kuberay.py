@@ -7,6 +7,7 @@ KubeRay's own schema of a RayJob is used where KUBERAY_CRD names its file
 import json
 import os
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -53,15 +54,31 @@ elif command[0] == "auth":
     sys.exit((folder / "forbidden").exists())
 elif command[0] == "apply":
     for document in yaml.safe_load_all(sys.stdin):
+        if document["kind"] == "RayJob" and (folder / "no_operator").exists():
+            sys.exit('error: resource mapping not found for name: "%s"' % document["metadata"]["name"])
         (folder / (document["kind"] + ".json")).write_text(json.dumps(document))
 elif command[0] == "get":
     if not (folder / "RayJob.json").exists():
         sys.exit('Error from server (NotFound): rayjobs.ray.io "%s" not found' % command[2])
     print(json.dumps({{"status": json.loads((folder / "status").read_text())}}))
+elif command[:2] == ["delete", "rayjob"]:
+    sys.exit("error: the server doesn't have a resource type \\"rayjob\\"")
+elif command[:2] == ["delete", "configmap"]:
+    assert json.loads((folder / "ConfigMap.json").read_text())["metadata"]["name"] == command[2]
+    (folder / "ConfigMap.json").unlink()
 elif command[0] == "patch":
     (folder / "status").write_text(json.dumps({{"jobDeploymentStatus": "Suspended"}}))
 elif command[0] == "logs":
-    print("what the sweep says")
+    # one JSON list of status and lines for each call, the last one for ever
+    calls = json.loads((folder / "log").read_text()) if (folder / "log").exists() else [[None, "what the sweep says"]]
+    status, *lines = calls[0]
+    if calls[1:]:
+        (folder / "log").write_text(json.dumps(calls[1:]))
+    if status is not None:
+        (folder / "status").write_text(json.dumps({{"jobDeploymentStatus": status}}))
+    if not lines:
+        sys.exit("Error from server (BadRequest): container is waiting to start: ContainerCreating")
+    print("\\n".join(lines))
 """
 
 
@@ -148,11 +165,36 @@ def test_a_job_from_submission_to_cancellation(kubectl: Path) -> None:
         (kubectl / "status").write_text(json.dumps(said))
         assert backend.status(job).state == state
     (kubectl / "status").write_text(json.dumps({"jobDeploymentStatus": "Running"}))
-    assert list(backend.logs(job, follow=True)) == ["what the sweep says\n"]
+    assert list(backend.logs(job, follow=False)) == ["what the sweep says\n"]
     cancel(job)
     assert status_of(job).state == "cancelled"
     (kubectl / "RayJob.json").unlink()
     assert status_of(job).state == "cancelled"
+
+
+def test_following_waits_for_the_cluster_and_goes_on_where_kuberay_begins_again(
+    kubectl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cluster.kuberay.POLL_SECONDS", 0.01)
+    job = submit(load_sweep(write_sweep(Path.cwd())), "k")
+    backend = KubeRayBackend(job.record.cluster)
+    (kubectl / "status").write_text(json.dumps({"jobDeploymentStatus": "Running"}))
+    again = json.dumps({"jobDeploymentStatus": "Running"})
+    calls = [["Running"], ["Running", "one"], ["Retrying", "one", "two"], ["Running", "three"], ["Complete", "three"]]
+    (kubectl / "log").write_text(json.dumps([*calls, [None, "three", "four"]]))
+    said = []
+    for line in backend.logs(job, follow=True):
+        said.append(line.strip())
+        if said[-1] == "two":
+            (kubectl / "status").write_text(json.dumps({"jobDeploymentStatus": "Retrying"}))
+            threading.Timer(0.5, (kubectl / "status").write_text, (again,)).start()
+    assert said == ["one", "two", "three", "four"]
+
+
+def test_following_says_that_kubectl_is_not_there(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = submit(load_sweep(write_sweep(Path.cwd())), "k")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run(["logs", "--follow", job.id]) == 2
 
 
 @pytest.mark.parametrize(
@@ -160,6 +202,7 @@ def test_a_job_from_submission_to_cancellation(kubectl: Path) -> None:
     [
         ({}, {"storage": "/elsewhere"}, "storage: /elsewhere is not on the shared volume; write a folder below /data"),
         ({"tracking": "http://user:password@host:5000"}, {}, "tracking: holds a password"),
+        ({"resources": {"pack": {"cpu": 8}}}, {}, "a worker of the cluster, cpu 4 and gpu 1, is too small for a pack"),
         ({}, {"volume_claim": "other"}, 'kubectl: Error from server (NotFound): persistentvolumeclaims "other"'),
         ({}, {"namespace": "forbidden"}, "namespace: you may not create RayJobs in forbidden"),
     ],
@@ -175,6 +218,23 @@ def test_what_would_fail_there_is_one_line_before_anything_is_made(
         submit(load_sweep(write_sweep(Path.cwd(), **sweep)), "k")
     assert line in str(refused.value) and "\n" not in str(refused.value) and "password@" not in str(refused.value)
     assert not (kubectl / "RayJob.json").exists() and not Path("runs/jobs").exists()
+
+
+def test_where_kubernetes_refuses_the_rayjob_nothing_is_left(kubectl: Path) -> None:
+    (kubectl / "no_operator").touch()
+    with pytest.raises(InputError, match="kubectl: error: resource mapping not found"):
+        submit(load_sweep(write_sweep(Path.cwd())), "k")
+    assert not (kubectl / "ConfigMap.json").exists() and list(Path("runs/jobs").iterdir()) == []
+
+
+def test_what_kubectl_logs_of_its_attempts_is_no_part_of_the_line(kubectl: Path) -> None:
+    noise = 'E1126 18:45:13.473378   18616 memcache.go:265] "Unhandled Error" err="connection refused"'
+    line = "The connection to the server localhost:8080 was refused - did you specify the right host or port?"
+    (kubectl / "said").write_text(f"{noise}\n{noise}\n{line}\n")
+    (kubectl / "kubectl").write_text(f"#!/bin/sh\ncat {kubectl}/said >&2\nexit 1\n")
+    with pytest.raises(InputError) as refused:
+        submit(load_sweep(write_sweep(Path.cwd())), "k")
+    assert str(refused.value) == f"kubectl: {line}"
 
 
 def test_without_kubectl_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +257,12 @@ def test_a_dry_run_shows_the_manifests_with_the_sweep_in_them(kubectl: Path) -> 
     configuration, job = yaml.safe_load_all(script_of(load_sweep(write_sweep(Path.cwd())), "k"))
     assert yaml.safe_load(configuration["data"]["sweep.yaml"])["name"] == "small" and job["kind"] == "RayJob"
     assert not Path("runs").exists() and not (kubectl / "calls").exists()
+
+
+def test_a_dry_run_shows_no_password(kubectl: Path) -> None:
+    config = load_sweep(write_sweep(Path.cwd(), tracking="http://user:hunter2@host:5000"))
+    with pytest.raises(InputError, match="tracking: holds a password"):
+        script_of(config, "k")
 
 
 def test_a_dry_run_of_what_this_machine_does_not_have(kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:

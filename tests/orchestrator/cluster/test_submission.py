@@ -1,14 +1,18 @@
-"""Submitting: what is refused before a cluster is asked, and two at once."""
+"""Submitting: what is refused before a cluster is asked, and two at once; clusters that do not answer."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from orchestrator.cluster.backend import refuse_relative_tracking
-from orchestrator.cluster.config import SlurmCluster
+from orchestrator.cluster.config import LocalCluster, SlurmCluster
+from orchestrator.cluster.job import JobStatus, new_job
 from orchestrator.cluster.slurm import SlurmBackend
+from orchestrator.cluster.submission import for_cluster, known_statuses, submit
 from orchestrator.config import load_sweep
 from qkmodel.errors import InputError
 from tests.orchestrator.sweep_files import write_sweep
@@ -64,3 +68,73 @@ def test_a_bucket_that_does_not_do_is_refused_before_slurm_or_the_bucket_is_aske
     config = load_sweep(write_sweep(tmp_path, storage="s3://bucket/runs?endpoint_override=127.0.0.1:9", **servers))
     with pytest.raises(InputError, match=r"^storage: s3://bucket/runs\S+ no server answers$"):
         SlurmBackend(SlurmCluster(backend="slurm")).check(config)
+
+
+def test_a_bucket_of_the_clusters_file_that_the_sweep_does_not_go_with_is_one_line(tmp_path: Path) -> None:
+    cluster = tmp_path / "hpc.yaml"
+    cluster.write_text("backend: slurm\nstorage: s3://bucket/runs\n")
+    config = load_sweep(write_sweep(tmp_path, tracking="http://me:hunter2@mlflow:5000"), [])
+    with pytest.raises(
+        InputError, match=r"has storage s3://bucket/runs, and the sweep's ledger: is left out"
+    ) as refused:
+        for_cluster(config, str(cluster))
+    assert "\n" not in str(refused.value) and "hunter2" not in str(refused.value)
+
+
+@pytest.fixture
+def silent_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A SLURM that never answers; `asked` in the folder lists its commands that were tried."""
+    for name in ("sinfo", "squeue"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/asked\nexec sleep 60\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("orchestrator.cluster.slurm.ANSWER_SECONDS", 0.5)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hpc.yaml").write_text("backend: slurm\n")
+    return tmp_path
+
+
+def test_a_cluster_that_does_not_answer_is_waited_for_once_whatever_jobs_it_has(silent_slurm: Path) -> None:
+    config = load_sweep(write_sweep(silent_slurm))
+    for _ in range(2):
+        new_job(config, "hpc.yaml", SlurmCluster(backend="slurm"))
+    with pytest.raises(InputError, match="sinfo: SLURM did not answer"):
+        submit(config, "hpc.yaml")
+    assert (silent_slurm / "asked").read_text() == "sinfo\n"
+
+
+def test_jobs_of_clusters_that_do_not_answer_are_waited_for_together(silent_slurm: Path) -> None:
+    config = load_sweep(write_sweep(silent_slurm))
+    jobs = [new_job(config, "hpc.yaml", SlurmCluster(backend="slurm")) for _ in range(6)]
+    began = time.monotonic()
+    listed = known_statuses(jobs)
+    assert time.monotonic() - began < 2
+    assert listed == [
+        (job, JobStatus(state="unknown", detail="squeue: SLURM did not answer within 0 s")) for job in jobs
+    ]
+    assert known_statuses([]) == []
+
+
+def test_a_job_of_which_nothing_is_known_refuses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("orchestrator.cluster.local.LocalBackend.check", lambda self, config: None)
+    monkeypatch.setattr("orchestrator.cluster.local.LocalBackend.submit", lambda self, job: None)
+    config = load_sweep(write_sweep(tmp_path))
+    # begun on a machine that has another name now
+    elsewhere = new_job(config, "local", LocalCluster())
+    (elsewhere.folder / "process.json").write_text('{"host": "elsewhere", "pid": 1, "created": 1.0}')
+    assert submit(config, "local").id == "small-2"
+
+
+@pytest.mark.parametrize(("begun", "state"), [(False, "failed"), (True, "lost")])
+def test_a_slurm_job_that_fails_before_the_sweep_begins_is_not_to_be_submitted_again(
+    begun: bool, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = new_job(load_sweep(write_sweep(tmp_path)), "hpc", SlurmCluster(backend="slurm"))
+    monkeypatch.setattr("orchestrator.cluster.slurm._ask", lambda *command: "FAILED|NonZeroExitCode|node1|7\n")
+    if begun:
+        (job.folder / "process.json").write_text('{"host": "node1", "pid": 1, "created": 1.0}')
+    assert known_statuses([job])[0][1].state == state
