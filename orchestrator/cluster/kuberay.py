@@ -33,6 +33,8 @@ FOLDER = "/etc/qk-sweep"
 END_SECONDS = 30
 # Ray's object store holds nothing of ours: what is large is memory-mapped from files.
 _OBJECT_STORE = "100000000"
+# infra/container/Dockerfile
+_IMAGE_USER = 1000
 _LOGGED = re.compile(r"[IWEF]\d{4} ")
 # ray-operator/apis/ray/v1/rayjob_types.go
 _STATES: dict[str, State] = {
@@ -186,6 +188,8 @@ class KubeRayBackend:
         return {
             "spec": {
                 "terminationGracePeriodSeconds": END_SECONDS,
+                # a new volume belongs to root; looking through a full one at each start would take long
+                "securityContext": {"fsGroup": _IMAGE_USER, "fsGroupChangePolicy": "OnRootMismatch"},
                 "containers": [
                     {
                         "name": container,
