@@ -95,22 +95,30 @@ def _check_nodes(looks_wrong: Callable[[str], str | None], place: str, shown: st
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(place): address
         for node, address in nodes.items()
     }
-    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS) if asked else ([], [])
-    for one in ready:
-        try:
-            wrong = ray.get(one)
-        except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
-            # it went away just now, and takes no pack either
-            continue
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise InputError(
-                f"{RAY_ADDRESS}: node {asked[one]} cannot run packs ({reason}); every node needs this installation"
-            ) from error
-        if wrong is not None:
-            raise InputError(
-                f"storage: {shown}: on node {asked[one]} {wrong}; all nodes have to share it and be able to write"
-            )
+    waiting, deadline = list(asked), time.monotonic() + NODES_SECONDS
+    while waiting:
+        # each as it answers: what one finds need not wait for a node that is slow
+        answered, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not answered:
+            return
+        _check_answer(answered[0], asked[answered[0]], shown)
+
+
+def _check_answer(answer: ray.ObjectRef, address: str, shown: str) -> None:
+    try:
+        wrong = ray.get(answer)
+    except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
+        # it went away just now, and takes no pack either
+        return
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"{RAY_ADDRESS}: node {address} cannot run packs ({reason}); every node needs this installation"
+        ) from error
+    if wrong is not None:
+        raise InputError(
+            f"storage: {shown}: on node {address} {wrong}; all nodes have to share it and be able to write"
+        )
 
 
 def _bucket_looks_wrong(url: str) -> str | None:
