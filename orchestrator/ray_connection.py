@@ -59,6 +59,8 @@ def connected_ray() -> Iterator[None]:
         finally:
             over.set()
             ray.shutdown()
+            # which takes the handler away without a word to Python
+            signal.signal(signal.SIGTERM, on_termination)
 
 
 def ask_cluster(folder: Path, pack: PackResources, storage: Storage = SHARED) -> int | None:

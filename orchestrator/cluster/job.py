@@ -3,7 +3,7 @@
 runs/jobs/l1-3/
   job.json         what was asked for, of whom, and what the backend calls it; written before it is handed over
   sweep.yaml       the sweep file with presets and overrides resolved: later edits of the file do not reach the job
-  log              what the sweep said, for backends that write files
+  log              what the sweep said, for backends that write files; ray.log: what Ray said, on SLURM's nodes
   process.json     where it runs now; exit.json: how it ended
   cancelled        there once somebody asked for its end; over.json: its last state, once that was seen
 """

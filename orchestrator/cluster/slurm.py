@@ -115,7 +115,11 @@ class SlurmBackend:
         return follow_file(job.log, follow, lambda: self.status(job).state not in ON_ITS_WAY)
 
     def cancel(self, job: Job) -> None:
-        _ask("scancel", f"--name={job.record.handle}")
+        name = f"--name={job.record.handle}"
+        for state in ("PENDING", "SUSPENDED"):
+            _ask("scancel", f"--state={state}", name)
+        # to the script, which tells the sweep; on several nodes Ray would end under it otherwise
+        _ask("scancel", "--batch", "--signal=TERM", name)
 
 
 def _ask(*command: str, text: str | None = None) -> str:

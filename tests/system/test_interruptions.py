@@ -119,6 +119,19 @@ def test_the_end_of_ray_is_noticed_while_no_pack_runs_and_none_has_room(
     assert time.monotonic() - killed_at[0] < 30
 
 
+def test_sigterm_after_ray_has_ended_is_answered_as_before() -> None:
+    """On a cluster, Ray is asked and left again before the activation cache is built."""
+    program = """
+import os, signal, sys
+from orchestrator.ray_connection import connected_ray
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+with connected_ray():
+    pass
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 7
+
+
 @pytest.mark.parametrize("after_seconds", [0.2, 1.0, 2.5])
 def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path: Path, after_seconds: float) -> None:
     file = write_sweep(tmp_path)
