@@ -47,6 +47,7 @@ MASKS = (
     {"form": "sqrt", "pair_cost": 1.7e-7},
     {"form": "sqrt", "pair_cost": 1e-6},
     {"form": "hard_concrete", "pair_cost": 2e-7, "learning_rate": 0.1},
+    {"form": "sqrt", "pair_cost": 1.4e-7, "joint": True, "decoder_learning_rate": 4e-3},
 )
 JOINT = {"form": "sqrt", "pair_cost": 3.4e-7, "joint": True, "decoder_learning_rate": 4e-3}
 JOINT_CANDIDATE_SHARE = 0.01
