@@ -30,7 +30,7 @@ def seconds(folder: Path, workers: int, tokens: int) -> tuple[float, dict[str, s
         desk = Desk(folder, cluster.settings, {})
         sizes = ("training.batch_sequences=8", f"training.tokens={tokens}", f"training.report_tokens={tokens // 8}")
         job = desk.submit("name=hosts", "pack=4", "search.trainings=16", *sizes, *GRID, RATES)
-        state = desk.wait(job, "finished", "failed", "lost", "interrupted", patience=3600, every=20)
+        state = desk.wait(job, "finished", "failed", "lost", "interrupted", patience=3600, every=60)
         if state != "finished":
             raise SystemExit(desk.ask("logs", job)[0])
         trainings = Ledger.open_existing(folder / "store" / "hosts" / LEDGER_FILE).trainings()
