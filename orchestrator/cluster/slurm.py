@@ -107,7 +107,9 @@ class SlurmBackend:
             return JobStatus(state="cancelled")
         if name == "FAILED" and job.process() is None:
             # a line of setup, the interpreter: once more would be the same
-            return JobStatus(state="failed", detail=f"before the sweep began: orchestrate logs {job.id}")
+            failed = JobStatus(state="failed", detail=f"before the sweep began: orchestrate logs {job.id}")
+            # cancelled during its setup, the script had no ear for it yet
+            return job.unless_cancelled(failed)
         why = f"SLURM says {name.lower()}" if name else "SLURM no longer knows it"
         return job.unless_cancelled(JobStatus(state="lost", detail=f"{why}; submit it again to go on"))
 
