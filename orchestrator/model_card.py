@@ -18,7 +18,8 @@ _BOTH_WAYS = ("kl", "kl_query", "kl_key", "kl_baseline", "kl_recovered")
 _ONCE_OF_MASKS = (
     *("kl_masked", "kl", "kl_no_pairs", "kl_baseline", "kl_masked_recovered", "mask_recovered"),
     *("pairs_kept", "pairs_share"),
-    *("pairs_share_active", "pairs_for_90", "variance_share", "unpaired_query", "unpaired_key", "ce_recovered"),
+    *("pairs_share_active", "pairs_for_90", "variance_share", "bias_share"),
+    *("unpaired_query", "unpaired_key", "ce_recovered"),
 )
 _ONCE = ("l0", "l0_query", "l0_key", "top1", "max_error", "dead_query", "dead_key", "ce_recovered")
 _FRONT_OF_MASKS = ("pairs_kept", "kl_masked", "kl_masked_recovered", "mask_recovered", "ce_recovered")

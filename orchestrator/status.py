@@ -34,6 +34,7 @@ MASK_METRICS = (
     "pairs_share_active",
     "pairs_for_90",
     "variance_share",
+    "bias_share",
     "unpaired_query",
     "unpaired_key",
     "ce_recovered",

@@ -49,8 +49,8 @@ def evaluate_mask(
     `mask_recovered` = (kl_no_pairs − kl_masked)/(kl_no_pairs − kl), None where pairs change nothing; `pairs_kept`, its
     share of all pairs and of the `salient_pairs` of the calibration sequences, see `SalientPairs.salient`;
     `pairs_head_00`…; `unpaired_query` and `unpaired_key`, shares of features without a pair in any head;
-    `pairs_for_90` of the kept, see `PairShares.pairs_for`, and `variance_share`, what of the heads' score variance the
-    kept pairs make up, mean over heads.
+    `pairs_for_90` of the kept, see `PairShares.pairs_for`; `variance_share` and `bias_share`, what of the heads' score
+    variance the kept pairs and the bias terms make up, mean over heads.
     """
     heads, queries, keys = kept.shape
     masked, without, whole = _MeanKL(), _MeanKL(), _MeanKL()
@@ -77,6 +77,7 @@ def evaluate_mask(
         "unpaired_key": 1 - len(np.unique(kept.key_features)) / keys,
         "pairs_for_90": None if few is None else float(few),
         "variance_share": float(shares.variance_share.sum()) / heads,
+        "bias_share": float(shares.bias_share.mean()),
     }
     return metrics | {f"pairs_head_{head:02d}": float(n) for head, n in enumerate(kept.pairs_of_heads)}, shares
 

@@ -23,11 +23,12 @@ from qkmodel.pair_mask.score_terms import ScoreTerms, SequenceCodes, first_visib
 @dataclass(frozen=True)
 class PairShares:
     """Over the rows of some sequences: each pair's mean contribution where both features are active, how often that
-    was, and its share of its head's score variance."""
+    was, and its share of its head's score variance; and what share of that the bias terms of each head have."""
 
     mean_contribution: Float64[np.ndarray, "pairs"]
     count: Int64[np.ndarray, "pairs"]
     variance_share: Float64[np.ndarray, "pairs"]
+    bias_share: Float64[np.ndarray, "n_heads"]
 
     def pairs_for(self, share: float) -> int | None:
         """How few of the pairs make up this share of what all of them together explain, mean over heads.
@@ -51,6 +52,7 @@ class ShareSums:
         self._totals, self._weighted = np.zeros(len(pairs)), np.zeros(len(pairs))
         self._counts = np.zeros(len(pairs), np.int64)
         self._variances = torch.zeros(layer.geometry.n_heads, dtype=torch.float64)
+        self._of_biases = torch.zeros_like(self._variances)
 
     @torch.no_grad()
     def add(self, terms: ScoreTerms, codes: SequenceCodes, pool: ThreadPoolExecutor) -> None:
@@ -58,6 +60,7 @@ class ShareSums:
         p, scores = codes.log_p.exp(), terms.scores
         weights = p * (scores - (p * scores).sum(-1, keepdim=True))
         self._variances += (weights * scores).sum((1, 2)).double()
+        self._of_biases += (weights * terms.bias_scores).sum((1, 2)).double()
         visible, pairs = first_visible(self._layer, codes.context), self._pairs
 
         def add(head: int, key_head: int) -> None:
@@ -70,5 +73,10 @@ class ShareSums:
     def shares(self) -> PairShares:
         """Of what was added, one sequence at least; 0 in a head whose scores do not vary."""
         variances = self._variances.numpy()
-        of_head = np.repeat(np.where(variances > 0, variances, np.inf), self._pairs.pairs_of_heads)
-        return PairShares(self._totals / np.maximum(self._counts, 1), self._counts, self._weighted / of_head)
+        variances = np.where(variances > 0, variances, np.inf)
+        return PairShares(
+            self._totals / np.maximum(self._counts, 1),
+            self._counts,
+            self._weighted / np.repeat(variances, self._pairs.pairs_of_heads),
+            self._of_biases.numpy() / variances,
+        )

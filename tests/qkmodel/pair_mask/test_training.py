@@ -110,6 +110,9 @@ def test_metrics_of_all_pairs_and_of_none(small, pool):
     metrics, shares = evaluate_mask(transcoder, layer, codes, everything, active, pool)
     assert metrics["kl_masked"] == pytest.approx(metrics["kl"], abs=1e-6)
     assert metrics["mask_recovered"] == pytest.approx(1, abs=1e-5)
+    # no pair is left out, and what pairs do not make up is the biases'
+    assert metrics["variance_share"] + metrics["bias_share"] == pytest.approx(1, abs=1e-5)
+    assert abs(metrics["bias_share"]) > 1e-3
     assert metrics["pairs_share"] == 1 and metrics["unpaired_query"] == metrics["unpaired_key"] == 0
     assert metrics["pairs_head_00"] == dense.QUERY_FEATURES * dense.KEY_FEATURES
     assert len(shares.variance_share) == len(everything)
