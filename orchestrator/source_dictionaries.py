@@ -19,6 +19,7 @@ from qkmodel.dictionary import (
     dictionary_sha256,
     find_damage,
     find_loss,
+    load_dictionary,
     read_dictionary_config,
 )
 from qkmodel.errors import InputError
@@ -86,11 +87,7 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
     if not is_bucket(reference):
         folder = user_path(_KEY, reference).absolute()
         if (folder / CONFIG_FILE).is_file():
-            found, sha256 = read_dictionary_config(folder)
-            damage = find_damage(folder, sha256)
-            if damage is not None:
-                raise InputError(f"{_KEY}: {reference}: {damage}; name another, or one that is whole")
-            yield SourceDictionary(folder, sha256, found)
+            yield _in_folder(folder, reference)
             return
     for place in named_places(_KEY, reference, config):
         ledger = Ledger.open_if_there(place)
@@ -106,6 +103,17 @@ def _named(config: SweepConfig, reference: str, cache_root: Path) -> Iterator[So
     )
 
 
+def _in_folder(folder: Path, reference: str) -> SourceDictionary:
+    try:
+        config, sha256 = read_dictionary_config(folder)
+        # nobody recorded this hash, so whether the tensors are those that the configuration speaks of is seen here or
+        # after the sweep was begun
+        load_dictionary(folder, sha256)
+    except InputError as error:
+        raise InputError(f"{_KEY}: {error}; name another than {reference}, or one that is whole") from error
+    return SourceDictionary(folder, sha256, config)
+
+
 def _registered(config: SweepConfig, reference: str, cache_root: Path) -> SourceDictionary:
     # takes seconds to import
     from orchestrator.tracking_store import tracking_address
@@ -117,9 +125,9 @@ def _registered(config: SweepConfig, reference: str, cache_root: Path) -> Source
 
 @cache
 def _fetch(reference: str, address: str) -> Dictionary:
-    from orchestrator.registry import load_dictionary
+    from orchestrator.registry import load_dictionary as load_registered
 
-    return load_dictionary(reference, address)
+    return load_registered(reference, address)
 
 
 def _fronts(ledger: Ledger, reference: str, layers: tuple[int, ...]) -> Iterator[SourceDictionary]:

@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -36,6 +36,7 @@ CONFIG_FILE = "config.json"
 TRANSCODER_FILE = "transcoder.safetensors"
 ATTENTION_FILE = "attention.safetensors"
 PAIRS_FILE = "pairs.safetensors"
+TENSOR_FILES = (TRANSCODER_FILE, ATTENTION_FILE, PAIRS_FILE)
 FILES = (TRANSCODER_FILE, ATTENTION_FILE, CONFIG_FILE)
 
 
@@ -97,6 +98,15 @@ class DictionaryConfig(Schema):
         if self.model.layer != self.geometry.layer:
             raise ValueError(f"model.layer {self.model.layer} is not geometry.layer {self.geometry.layer}")
         return self
+
+    @field_validator("files")
+    @classmethod
+    def _of_a_dictionary(cls, files: dict[str, str]) -> dict[str, str]:
+        # else whoever wrote it could have any file of this machine read, or copied with the dictionary
+        for name in files:
+            if name not in TENSOR_FILES:
+                raise ValueError(f"{name} is no file of a dictionary; known: {', '.join(TENSOR_FILES)}")
+        return files
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """Whose pairs a sweep of masks chooses from, and which references are refused."""
 
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ from orchestrator.status import study_statuses
 from orchestrator.storage.bucket import working_copies
 from orchestrator.storage.shared import SHARED
 from qkmodel.configs import ModelConfig
-from qkmodel.dictionary import load_dictionary, save_dictionary
+from qkmodel.dictionary import CONFIG_FILE, load_dictionary, save_dictionary
 from qkmodel.errors import InputError
 from qkmodel.model_description import describe_model
 from tests.orchestrator.dictionaries import FRONT, IDENTITY, make_sweep
@@ -86,17 +89,45 @@ def test_what_cannot_be_a_source_is_one_line(storage: Path) -> None:
         sources(storage, str(one.folder), layers=(3,))
     with (one.folder / "transcoder.safetensors").open("ab") as file:
         file.write(b"x")
-    for reference in ("small", str(one.folder)):
-        with pytest.raises(InputError, match=r"transcoder\.safetensors is damaged or was changed"):
-            sources(storage, reference)
+    with pytest.raises(InputError, match=r"transcoder\.safetensors is damaged or was changed; delete that folder"):
+        sources(storage, "small")
+    with pytest.raises(InputError, match=r"transcoder\.safetensors: .* was changed; name another than"):
+        sources(storage, str(one.folder))
     (one.folder / "transcoder.safetensors").unlink()
-    with pytest.raises(InputError, match="is gone; name another"):
+    with pytest.raises(InputError, match=r"transcoder\.safetensors: cannot be read .*; name another than"):
         sources(storage, str(one.folder))
     with pytest.raises(InputError, match="is gone; start that sweep again"):
         sources(storage, "small")
     shutil.rmtree(one.folder)
     with pytest.raises(InputError, match="is gone"):
         sources(storage, "small")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda config: config["files"].update({"../small.sqlite": "ab"}),
+            r"\.\./small\.sqlite is no file of a dictionary",
+        ),
+        (lambda config: config.update(files={}), r"transcoder\.safetensors: hash differs"),
+        (
+            lambda config: config["hyperparameters"].update(dictionary_size=256),
+            r"the configuration needs float32 \(256",
+        ),
+        (lambda config: config["geometry"].update(d_model=256), r"tensor w_q has shape"),
+    ],
+)
+def test_a_configuration_that_is_not_its_tensors_is_refused_before_anything_is_begun(
+    change: Callable[[dict[str, Any]], object], said: str, storage: Path
+) -> None:
+    one = sources(storage, "small")[8][0]
+    path = one.folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"pair_mask.dictionaries: .*{said}.*; name another than"):
+        sources(storage, str(one.folder))
 
 
 def test_a_dictionary_of_another_model_is_refused(storage: Path, tmp_path: Path) -> None:
