@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int64
 from rich import box
 from rich.table import Table
@@ -14,6 +15,7 @@ from torch import Tensor
 from orchestrator.storage.address import is_bucket
 from orchestrator.storage.opened import open_in_bucket
 from orchestrator.storage_check import check_bucket
+from qkmodel.corpus import token_id
 from qkmodel.dictionary import Dictionary, load_dictionary
 from qkmodel.errors import InputError
 from qkmodel.language_model import LanguageModel, load_language_model
@@ -41,11 +43,19 @@ def open_dictionary(reference: str, tracking: str | None) -> Dictionary:
 
 
 def read_prompt(prompt: str | None, text: Path | None) -> str:
-    """What was given on the command line, or stands in a file. Raises InputError where both or neither was."""
+    """What was given on the command line, or stands in a file.
+
+    Raises InputError where both or neither was, and for what is no text or only blanks.
+    """
     if (prompt is None) == (text is None):
         raise InputError("--prompt: give the text, or --text with a file that holds it, and not both")
-    if text is None:
-        return _of_whole_characters(prompt)
+    found, where = (_of_whole_characters(prompt), "--prompt") if text is None else (_read(text), f"--text: {text}")
+    if not found.strip():
+        raise InputError(f"{where}: is empty; give some words")
+    return found
+
+
+def _read(text: Path) -> str:
     try:
         return text.read_text(encoding="utf-8")
     except OSError as error:
@@ -69,16 +79,14 @@ def explain(
     """What the dictionary says of one head on a prompt, the prompt's tokens, the opening one first, and how the model
     writes tokens.
 
-    Raises InputError for a head that the layer does not have, a prompt that is empty or too long, and a model whose
-    files are no longer those that the dictionary was trained on.
+    Raises InputError for a head that the layer does not have, a prompt that is too long, and a model that the
+    dictionary does not fit or whose files are no longer those that it was trained on.
     """
     config = dictionary.config
     if head >= config.geometry.n_heads:
         raise InputError(
             f"--head: {head} is not there; layer {config.geometry.layer} has heads 0 to {config.geometry.n_heads - 1}"
         )
-    if not prompt.strip():
-        raise InputError("--prompt: is empty; give some words")
     # who wrote a dictionary cannot allow what only a user can
     harmless = config.model.config.model_copy(update={"trust_remote_code": False, "safetensors_only": True})
     kept = None if dictionary.kept_pairs is None else dictionary.kept_pairs.pairs
@@ -91,18 +99,26 @@ def explain(
             f"the dictionary is of layer {layer}; model {config.model.config.name} has layers 0 to "
             f"{model.description.n_layers - 1}"
         )
-    tokens = _tokens(model, config.corpus.bos or "", prompt)
+    if config.geometry.d_model != model.description.d_model:
+        raise InputError(
+            f"the dictionary reads {config.geometry.d_model} numbers a token; layers of model "
+            f"{config.model.config.name} receive {model.description.d_model}"
+        )
+    tokens = _tokens(model, config.corpus.bos, prompt)
     x = model.attention_inputs(tokens, [layer])[layer][0]
     found = explain_head(dictionary.transcoder, dictionary.attention, x, head, keys, pairs, kept)
     return found, token_texts(model.tokenizer, tokens[0].tolist()), partial(token_texts, model.tokenizer)
 
 
-def _tokens(model: LanguageModel, bos: str, prompt: str) -> Int64[Tensor, "1 context"]:
-    tokens = model.tokenizer(bos + prompt, add_special_tokens=False, return_tensors="pt").input_ids
+def _tokens(model: LanguageModel, bos: str | None, prompt: str) -> Int64[Tensor, "1 context"]:
+    """The prompt behind the token that opened the dictionary's sequences."""
+    # by its number: in a text it might be spelled, or become one token with what follows
+    opening = [] if bos is None else [token_id(model.tokenizer, bos)]
+    tokens = [*opening, *model.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids]
     longest = model.description.max_context
-    if tokens.shape[1] > longest:
-        raise InputError(f"--prompt: has {tokens.shape[1]} tokens; the model takes {longest}")
-    return tokens
+    if len(tokens) > longest:
+        raise InputError(f"the text has {len(tokens)} tokens with the opening one; the model takes {longest}")
+    return torch.tensor([tokens])
 
 
 def explanation_record(found: HeadExplanation, tokens: Sequence[str]) -> dict[str, Any]:

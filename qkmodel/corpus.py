@@ -75,7 +75,7 @@ def tokenise(
     `config.bos` is not looked at: `bos` is what it
     resolved to. Raises InputError for an unknown `bos` and for a corpus with nothing on one side.
     """
-    bos_id = None if bos is None else _token_id(tokenizer, bos)
+    bos_id = None if bos is None else token_id(tokenizer, bos)
     train = _Side("training", config, bos_id, train_sequences)
     validation = _Side("validation", config, bos_id, validation_sequences)
 
@@ -214,13 +214,14 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[np.n
     return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
 
 
-def _token_id(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+def token_id(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    """The number of the token that `corpus.bos` names. Raises InputError when there is none."""
     # convert_tokens_to_ids answers unk_token's id for an unknown text, and some models' unk is their separator
-    token_id = tokenizer.get_vocab().get(text)
-    if token_id is None:
+    number = tokenizer.get_vocab().get(text)
+    if number is None:
         own = ", ".join(repr(bos) for bos in _bos_candidates(tokenizer) if bos is not None)
         raise InputError(f"corpus.bos: {text!r} is no token of this tokeniser; its own are {own}; null for none")
-    return token_id
+    return number
 
 
 def _bos_candidates(tokenizer: "PreTrainedTokenizerBase") -> list[str | None]:
@@ -234,7 +235,7 @@ def _continuation_cross_entropy(model: "LanguageModel", text: Int[Tensor, "seque
     if bos is None:
         nats, count = model.cross_entropy(text)
         return nats / count
-    opener = torch.full((len(text), 1), _token_id(model.tokenizer, bos))
+    opener = torch.full((len(text), 1), token_id(model.tokenizer, bos))
     opened = torch.cat([opener, text], dim=1)
     nats, count = model.cross_entropy(opened)
     # the model is causal, so the first token's share is what two-token sequences score

@@ -44,16 +44,52 @@ def test_bytes_that_are_no_text_are_refused() -> None:
         read_prompt(prompt, None)
 
 
-def test_a_layer_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
-    # with heads and weights that fit: nothing else would notice
-    ledger = make_sweep(tmp_path, fronts={9: {"aaaa000000000001": (8.0, 0.5)}})
+@pytest.mark.parametrize("blank", ["", " \n\t"])
+def test_a_text_of_blanks_is_refused_by_what_it_was_given_with(blank: str, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(blank)
+    with pytest.raises(InputError, match=r"--text: .*text\.txt: is empty"):
+        read_prompt(None, file)
+    with pytest.raises(InputError, match="--prompt: is empty"):
+        read_prompt(blank, None)
+
+
+def small_dictionary(folder: Path, layer: int = 8, bos: str | None = "Text", **sizes: int) -> Dictionary:
+    """One of a model of random weights with nine layers, whose tokens are words: Text, of, twelve."""
+    ledger = make_sweep(folder, fronts={layer: {"aaaa000000000001": (8.0, 0.5)}})
     dictionary = load_dictionary(ledger.folder / ledger.trainings()[0].dictionary)
-    model = tmp_path / "model"
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    save_random_model(LlamaConfig(**sizes, num_attention_heads=4), model)
-    named = ModelConfig(name=str(model))
+    named = ModelConfig(name=str(folder / "model"))
+    usual = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 9}
+    save_random_model(LlamaConfig(**usual | sizes, num_attention_heads=4), folder / "model")
     changed = {"config": named, "weights_sha256": describe_model(named).weights_sha256}
-    identity = dictionary.config.model.model_copy(update=changed)
-    config = dictionary.config.model_copy(update={"model": identity})
+    config = dictionary.config.model_copy(
+        update={
+            "model": dictionary.config.model.model_copy(update=changed),
+            "corpus": dictionary.config.corpus.model_copy(update={"bos": bos}),
+        }
+    )
+    return Dictionary(config, dictionary.transcoder, dictionary.attention)
+
+
+@pytest.mark.parametrize(("bos", "expected"), [("Text", ["Text", "of", "twelve."]), (None, ["of", "twelve."])])
+def test_the_text_stands_behind_the_opening_token(bos: str | None, expected: list[str], tmp_path: Path) -> None:
+    # written before the text, Text would be no word of this tokeniser
+    found, tokens, _ = explain(small_dictionary(tmp_path, bos=bos), 3, "of twelve.", 1, 1)
+    assert tokens == expected
+    assert [look.query for look in found.looks] == list(range(len(expected)))
+
+
+def test_what_does_not_go_with_dictionary_or_model_is_refused(tmp_path: Path) -> None:
+    dictionary = small_dictionary(tmp_path / "few", max_position_embeddings=4)
+    with pytest.raises(InputError, match="--head: 4 is not there; layer 8 has heads 0 to 3"):
+        explain(dictionary, 4, "of", 1, 1)
+    with pytest.raises(InputError, match="has 5 tokens with the opening one; the model takes 4"):
+        explain(dictionary, 0, "of of of of", 1, 1)
+    assert explain(dictionary, 0, "of of of", 1, 1)[0].p.shape == (4, 4)
+    with pytest.raises(InputError, match="is no token of this tokeniser"):
+        explain(small_dictionary(tmp_path / "bos", bos="none of it"), 0, "of", 1, 1)
+    # with heads and weights that fit: nothing else would notice
     with pytest.raises(InputError, match=r"is of layer 9; model .* has layers 0 to 1"):
-        explain(Dictionary(config, dictionary.transcoder, dictionary.attention), 0, "hello", 1, 1)
+        explain(small_dictionary(tmp_path / "deep", layer=9, num_hidden_layers=2), 0, "of", 1, 1)
+    with pytest.raises(InputError, match=r"reads 24 numbers a token; layers of model .* receive 40"):
+        explain(small_dictionary(tmp_path / "wide", hidden_size=40), 0, "of", 1, 1)
