@@ -61,7 +61,8 @@ def write_explanation(
     """
     pairs, left_out = _largest_pairs(found), []
     try:
-        cache = cache_of_dictionary(local_root(storage), dictionary.config, open_storage(storage))
+        sequences = _searched(dictionary)
+        cache = cache_of_dictionary(local_root(storage), dictionary.config, sequences, open_storage(storage))
         contexts = _contexts(dictionary, cache, list(pairs), texts)
     except InputError as error:
         contexts = {pair: [] for pair in pairs}
@@ -101,13 +102,17 @@ def _contexts(
     return {pair: [_shaded(one, cache, texts) for one in contexts] for pair, contexts in found.items()}
 
 
+def _searched(dictionary: Dictionary) -> int:
+    """How many validation sequences are searched for contexts."""
+    config = dictionary.config
+    training = config.training if config.pair_mask is None else config.pair_mask.training
+    return min(VALIDATION_SEQUENCES, training.validation_sequences)
+
+
 def _sequences(
     dictionary: Dictionary, cache: ActivationCache
 ) -> Iterator[tuple[int, Float[Tensor, "context d_model"]]]:
-    config = dictionary.config
-    training = config.training if config.pair_mask is None else config.pair_mask.training
-    count = min(VALIDATION_SEQUENCES, training.validation_sequences)
-    for number in range(count):
+    for number in range(_searched(dictionary)):
         yield number, cache.read(dictionary.config.model.layer, "validation", [number])[0]
 
 

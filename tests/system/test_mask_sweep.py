@@ -81,7 +81,7 @@ def test_masks_of_every_dictionary_on_the_front_are_trained(sweep: Sweep, masks:
 def test_a_masked_dictionary_gives_the_recorded_metrics(sweep: Sweep, masks: list[Training]) -> None:
     for training in masks:
         dictionary = load_dictionary(sweep.storage / "mask" / training.dictionary, training.dictionary_sha256)
-        cache = cache_of_dictionary(sweep.storage, dictionary.config)
+        cache = cache_of_dictionary(sweep.storage, dictionary.config, 16)
         codes = SplitCodes(dictionary.transcoder, dictionary.attention, cache, "validation", 16)
         with ThreadPoolExecutor(1) as pool:
             metrics, _ = evaluate_mask(

@@ -1,5 +1,6 @@
 """The page of `orchestrate explain`: contexts from a real cache, every text escaped."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from orchestrator.report.explanation_page import write_explanation
+from orchestrator.storage_check import CACHE_FOLDER
+from qkmodel.activations import SHARD_SEQUENCES, read_manifest
 from qkmodel.configs import CorpusConfig, ModelConfig
 from qkmodel.dictionary import CorpusIdentity, Dictionary, DictionaryConfig, ModelIdentity
 from qkmodel.errors import InputError
@@ -71,6 +74,30 @@ def test_without_activations_the_page_says_what_is_left_out(explained, tmp_path:
     page = tmp_path / "page.html"
     (line,) = write_explanation(page, dictionary, found, texts(range(CONTEXT)), texts, str(tmp_path))
     assert line.startswith("where pairs meet in the corpus is left out") and "Left out" in page.read_text()
+
+
+def test_a_cache_of_too_few_sequences_is_passed_over(explained, tmp_path: Path) -> None:
+    """As a sweep leaves one whose activations have another element type."""
+    storage, dictionary, found = explained
+    (whole,) = (storage / CACHE_FOLDER).glob("*/manifest.json")
+    manifest = read_manifest(whole.parent)
+    # read before the other: caches are gone through by name
+    fewer = tmp_path / CACHE_FOLDER / "0"
+    shutil.copytree(whole.parent, fewer)
+    more = dictionary.config.training.model_copy(update={"validation_sequences": SHARD_SEQUENCES + 1})
+    larger = replace(dictionary, config=dictionary.config.model_copy(update={"training": more}))
+    page = tmp_path / "page.html"
+    (line,) = write_explanation(page, larger, found, texts(range(CONTEXT)), texts, str(tmp_path))
+    assert "has no activations of it; start the sweep again" in line
+    shards = {
+        path.replace("-00000", "-00001"): shard for path, shard in manifest.shards.items() if "validation" in path
+    }
+    shutil.copytree(fewer, fewer.parent / "1")
+    for path in shards:
+        shutil.copy(fewer / path.replace("-00001", "-00000"), fewer.parent / "1" / path)
+    grown = manifest.model_copy(update={"shards": manifest.shards | shards})
+    (fewer.parent / "1" / "manifest.json").write_text(grown.model_dump_json())
+    assert write_explanation(page, larger, found, texts(range(CONTEXT)), texts, str(tmp_path)) == []
 
 
 def test_a_masks_page_counts_the_pairs_itself(explained, tmp_path: Path) -> None:
