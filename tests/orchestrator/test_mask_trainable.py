@@ -1,5 +1,6 @@
 """Packs of pair masks without Ray around them: what they answer and write, alone or together, killed or not."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,18 @@ import torch
 
 from orchestrator.checkpoints import checkpoint_path
 from orchestrator.pack_order import MemberOrder, PackOrder, SourceOrder, dictionary_path
+from orchestrator.packs.inputs import PackInputs
+from orchestrator.packs.pair_mask import MaskPack
 from qkmodel.dictionary import PAIRS_FILE, load_dictionary
 from qkmodel.errors import InputError
+from qkmodel.evaluation import reconstructed_pattern
 from qkmodel.pair_mask import saliency
 from qkmodel.pair_mask.candidates import candidates_path, find_candidates, read_candidates
 from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
 from qkmodel.progress import TokenProgress
 from tests.orchestrator.test_trainable import order as transcoder_order
 from tests.orchestrator.test_trainable import run
+from tests.qkmodel.pair_mask import dense
 from tests.qkmodel.world import SmallWorld, make_world
 
 STEPS, CALIBRATION = 48, 20
@@ -124,6 +129,37 @@ def test_together_alone_killed_or_on_more_threads_a_mask_is_the_same(
         run(order(world, folder, sources, {training_id: settings}, threads=3), steps=5)
         run(order(world, folder, sources, {training_id: settings}, steps_done=STEPS // 8 * 5))
         assert files_of(folder, training_id) == files_of(tmp_path / "together", training_id)
+
+
+def test_cross_entropy_is_that_of_the_pattern_of_kept_pairs(
+    world: SmallWorld, sources: dict[str, SourceOrder], tmp_path: Path
+) -> None:
+    asked = PackOrder.model_validate_json(order(world, tmp_path, sources, {"alone": MASKS["alone"]})["order"])
+    asked = asked.model_copy(update={"training": world.training})
+    inputs = PackInputs(asked, world.cache, world.cache, world.layer, world.reference, lambda: world.model)
+    pack = MaskPack(inputs)
+    pack.trainer.train(STEPS)
+    (metrics,) = pack.evaluate()
+    pack.save(0, "alone", metrics, tmp_path / "dictionary")
+    dictionary = load_dictionary(tmp_path / "dictionary")
+    sequences, at = range(world.training.cross_entropy_sequences), world.layer.geometry.layer
+    x = world.cache.read(at, "validation", sequences)
+    # both in float64, with every pair of a sequence in one tensor
+    transcoder, layer = copy.deepcopy(dictionary.transcoder).double(), copy.deepcopy(world.layer).double()
+    kept = dictionary.kept_pairs.pairs
+    mask = torch.zeros(kept.shape, dtype=torch.float64)
+    mask.view(-1)[torch.from_numpy(kept.numbers)] = 1
+    pattern = torch.stack([dense.scores(transcoder, layer, one, mask) for one in x.double()]).softmax(-1)
+    torch.testing.assert_close(dictionary.pattern(x).double(), pattern, atol=1e-5, rtol=0)
+    tokens = world.cache.tokens("validation", sequences)
+
+    def cross_entropy(pattern: torch.Tensor) -> float:
+        nats, count = world.model.cross_entropy(tokens, at, pattern.float(), torch.bfloat16)
+        return nats / count
+
+    assert metrics["ce_patched"] == pytest.approx(cross_entropy(pattern), abs=1e-4)
+    of_all_pairs = cross_entropy(reconstructed_pattern(dictionary.transcoder, world.layer, x))
+    assert abs(metrics["ce_patched"] - of_all_pairs) > 1e-3
 
 
 @pytest.mark.parametrize("joint", [False, True])
