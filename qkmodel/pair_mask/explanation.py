@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.pair_mask.masked_scores import masked_sums
 from qkmodel.pair_mask.pair_set import PairSet
-from qkmodel.pair_mask.score_terms import SequenceCodes, final_scores, score_terms, sequence_codes
-from qkmodel.transcoder import QKTranscoder
+from qkmodel.pair_mask.score_terms import ScoreTerms, SequenceCodes, final_scores, score_terms, sequence_codes
+from qkmodel.transcoder import QKTranscoder, Transcoder
 
 
 @dataclass(frozen=True)
@@ -74,25 +74,23 @@ def explain_head(
 
     `x` is the layer's attention input on one sequence, in float32; `kept` the pairs that a mask left (None: all).
     """
+    transcoder, layer = _of_head(transcoder, layer, head)
     (codes,) = sequence_codes(transcoder, layer, x[None])
     terms = score_terms(transcoder, layer, codes)
     scores = terms.scores
     if kept is not None:
+        kept = kept.of_head(head)
         with ThreadPoolExecutor(1) as pool:
             scores = masked_sums(terms, layer, codes, kept, np.ones(len(kept), np.float32), pool)
-    p, p_hat = codes.log_p[head].exp(), final_scores(scores, layer)[head].softmax(-1)
-    key_head = head * layer.geometry.n_kv_heads // layer.geometry.n_heads
-    means = (p_hat * scores[head]).sum(-1)
+    p, p_hat = codes.log_p[0].exp(), final_scores(scores, layer)[0].softmax(-1)
+    means = (p_hat * scores[0]).sum(-1)
     looks = []
     for query in range(len(p)):
         for key in p[query, : query + 1].topk(min(keys, query + 1)).indices.tolist():
             if p[query, key] == 0:
                 continue
-            contributions = _contributions(codes, terms.u[head], terms.v[key_head], query, key)
-            counting = [one for one in contributions if kept is None or kept.has(head, *one.features)]
-            largest = sorted(counting, key=lambda one: -abs(one.contribution))[:pairs]
-            score = scores[head, query, key].item()
-            bias = terms.bias_scores[head, query, key].item()
+            largest, left_out = _largest_pairs(codes, terms, query, key, pairs, kept)
+            score, bias = scores[0, query, key].item(), terms.bias_scores[0, query, key].item()
             looks.append(
                 Attended(
                     query=query,
@@ -102,27 +100,47 @@ def explain_head(
                     score=score,
                     centred=score - means[query].item(),
                     bias=bias,
-                    pairs=tuple(largest),
+                    pairs=largest,
                     others=score - bias - sum(one.contribution for one in largest),
-                    left_out=sum(one.contribution for one in contributions) - sum(one.contribution for one in counting),
+                    left_out=left_out,
                 )
             )
     return HeadExplanation(head, p, p_hat, tuple(looks))
 
 
-def _contributions(
-    codes: SequenceCodes,
-    u: Float[Tensor, "query_slots d_head"],
-    v: Float[Tensor, "key_slots d_head"],
-    query: int,
-    key: int,
-) -> list[Pair]:
-    """Every active pair of two positions."""
-    query_slots = range(codes.query.starts[query], codes.query.starts[query + 1])
-    key_slots = (codes.key.positions == key).nonzero()[0]
-    products = u[query_slots.start : query_slots.stop] @ v[torch.from_numpy(key_slots)].mT
-    return [
-        Pair(int(codes.query.features[a]), int(codes.key.features[b]), products[row, column].item())
-        for row, a in enumerate(query_slots)
-        for column, b in enumerate(key_slots)
-    ]
+def _of_head(transcoder: QKTranscoder, layer: AttentionLayer, head: int) -> tuple[QKTranscoder, AttentionLayer]:
+    """Both without the other heads, whose scores of a long text would take many times the memory."""
+    d_head = layer.geometry.d_head
+    key_head = head * layer.geometry.n_kv_heads // layer.geometry.n_heads
+    rows, key_rows = (slice(one * d_head, (one + 1) * d_head) for one in (head, key_head))
+    tensors = layer.to_tensors()
+    for name, part in (("w_q", rows), ("b_q", rows), ("w_k", key_rows), ("b_k", key_rows)):
+        tensors[name] = tensors[name][part]
+    alone = AttentionLayer(layer.geometry.model_copy(update={"n_heads": 1, "n_kv_heads": 1}), tensors)
+    sides = (_writing(transcoder.query, rows), _writing(transcoder.key, key_rows))
+    return QKTranscoder(*sides), alone.to(layer.w_q.dtype)
+
+
+def _writing(side: Transcoder, columns: slice) -> Transcoder:
+    """The same features, of whose outputs only these columns are left."""
+    part = Transcoder(side.features, side.b_pre, side.b_out[columns], side.activation)
+    part.W_enc, part.b_enc = side.W_enc, side.b_enc
+    part.W_dec = nn.Parameter(side.W_dec[:, columns])
+    return part
+
+
+def _largest_pairs(
+    codes: SequenceCodes, terms: ScoreTerms, query: int, key: int, count: int, kept: PairSet | None
+) -> tuple[tuple[Pair, ...], float]:
+    """The active pairs of two positions that contribute most, of one head's codes and terms; what those that are not
+    kept would add."""
+    query_slots = slice(codes.query.starts[query], codes.query.starts[query + 1])
+    (key_slots,) = (codes.key.positions == key).nonzero()
+    products = terms.u[0, query_slots] @ terms.v[0, torch.from_numpy(key_slots)].mT
+    contributions = products.double().numpy().ravel()
+    queries = np.repeat(codes.query.features[query_slots], len(key_slots))
+    features = np.tile(codes.key.features[key_slots], products.shape[0])
+    counts = np.ones(len(contributions), bool) if kept is None else kept.has(0, queries, features)
+    order = np.argsort(np.where(counts, -np.abs(contributions), np.inf), kind="stable")[: min(count, counts.sum())]
+    largest = (Pair(int(queries[one]), int(features[one]), float(contributions[one])) for one in order)
+    return tuple(largest), float(contributions[~counts].sum())

@@ -1,10 +1,11 @@
 """Some of all (head, query feature, key feature) pairs, held sparsely."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 
 from qkmodel.transcoder import QKTranscoder
 
@@ -62,11 +63,22 @@ class PairSet:
     def pairs_of_heads(self) -> Int64[np.ndarray, "n_heads"]:
         return self.starts[:, -1] - self.starts[:, 0]
 
-    def has(self, head: int, query_feature: int, key_feature: int) -> bool:
-        """Whether the pair is one of them."""
-        first, end = self.starts[head, query_feature], self.starts[head, query_feature + 1]
-        place = first + np.searchsorted(self.key_features[first:end], key_feature)
-        return bool(place < end and self.key_features[place] == key_feature)
+    def has(
+        self, head: int, query_features: Int[np.ndarray, "*asked"], key_features: Int[np.ndarray, "*asked"]
+    ) -> Bool[np.ndarray, "*asked"]:
+        """Whether each of these pairs is one of them."""
+        asked = (head * self.shape[1] + np.asarray(query_features, np.int64)) * self.key_size + key_features
+        return self._numbers_and_more[np.searchsorted(self._numbers_and_more, asked)] == asked
+
+    @cached_property
+    def _numbers_and_more(self) -> Int64[np.ndarray, "pairs+1"]:
+        """`numbers`, and one that no pair has, so that there is a place for every number."""
+        return np.append(self.numbers, np.iinfo(np.int64).max)
+
+    def of_head(self, head: int) -> Self:
+        """The pairs of one head, as those of a layer with no other."""
+        first, end = self.starts[head, 0], self.starts[head, -1]
+        return type(self)(self.starts[head : head + 1] - first, self.key_features[first:end], self.key_size)
 
     def subset(self, chosen: np.ndarray) -> Self:
         """The pairs where `chosen` [pairs] is true."""

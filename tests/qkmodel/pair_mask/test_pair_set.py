@@ -20,7 +20,13 @@ def test_pairs_come_back_by_head_and_query_feature(numbers, data):
     ]
     assert found == expected
     assert pairs.numbers.tolist() == sorted(numbers)
-    assert [n for n in range(60) if pairs.has(*np.unravel_index(n, SHAPE))] == sorted(numbers)
+    for head in range(SHAPE[0]):
+        features = np.indices(SHAPE[1:], np.int32)
+        here = {(a, b) for one, a, b in expected if one == head}
+        assert {(a, b) for a, b in np.argwhere(pairs.has(head, *features))} == here
+        alone = pairs.of_head(head)
+        assert alone.shape == (1, *SHAPE[1:]) and len(alone) == len(here)
+        assert {(a, b) for a, b in np.argwhere(alone.has(0, *features))} == here
     assert pairs.shape == SHAPE
     assert pairs.pairs_of_heads.tolist() == [sum(head == one[0] for one in expected) for head in range(SHAPE[0])]
 
