@@ -160,3 +160,22 @@ def test_a_dictionary_without_an_active_feature_has_figures(small, pool):
     assert metrics["kl_masked"] == metrics["kl"] == metrics["kl_no_pairs"] > 0
     assert metrics["mask_recovered"] is None
     assert metrics["variance_share"] == 0 and metrics["pairs_for_90"] is None and not shares.variance_share.any()
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("form", ["sqrt", "hard_concrete"])
+def test_a_side_that_is_never_active_leaves_a_mask_without_candidates(small, pool, form, joint):
+    transcoder, layer, _ = small
+    with torch.no_grad():
+        (transcoder := copy.deepcopy(transcoder)).query.b_enc.fill_(-1e9)
+    codes = sequence_codes(transcoder, layer, dense.random_dictionary("grouped", "relu")[2].float())
+    found = salient_pairs(transcoder, layer, codes, 10)
+    assert found.salient == len(found.pairs) == 0
+    settings = MaskHyperparameters(dictionary="0" * 16, pair_cost=1e-3, form=form, joint=joint)
+    trainer = MaskTrainer(settings, transcoder, layer, found.pairs, 4)
+    for _ in range(4):
+        trainer.step(codes, pool)
+    metrics, _ = evaluate_mask(trainer.transcoder, layer, codes, trainer.kept, found.salient, pool)
+    assert trainer.is_finite and metrics["kl_masked"] == metrics["kl"] == metrics["kl_no_pairs"]
+    assert metrics["pairs_kept"] == metrics["pairs_share_active"] == 0 and metrics["unpaired_key"] == 1
+    assert metrics["bias_share"] == pytest.approx(1, abs=1e-4)
