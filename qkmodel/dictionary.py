@@ -260,6 +260,9 @@ def _checked_tensors(path: Path, config: DictionaryConfig) -> dict[str, Tensor]:
         return load(content)
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
+    except KeyError as error:
+        # the format has element types that torch has not
+        raise InputError(f"{path}: has a tensor of type {error.args[0]}, which torch does not read") from error
 
 
 def _fit(path: Path, transcoder: QKTranscoder, tensors: dict[str, Tensor]) -> None:

@@ -51,7 +51,8 @@ def read_tensor_file(path: Path, kind: type[Header]) -> tuple[Header, dict[str, 
         parsed = _Record[kind].model_validate(record)
     except UnknownFormat:
         raise
-    except (SafetensorError, ValueError, RecursionError) as error:
+    # KeyError: the format has element types that torch has not
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to start over") from error
     if parsed.sha256 != _sha256(tensors):
         raise InputError(f"{path}: damaged, its hash is not the recorded one; delete it to start over")

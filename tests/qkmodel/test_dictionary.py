@@ -106,6 +106,17 @@ def test_tensors_that_do_not_fit_are_named(saved: tuple[Path, str], change: dict
         load_dictionary(saved[0])
 
 
+def test_a_type_that_torch_does_not_have_is_named(saved: tuple[Path, str]) -> None:
+    head = json.dumps({"query.W_enc": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    content = len(head).to_bytes(8, "little") + head + bytes(2)
+    (saved[0] / TRANSCODER_FILE).write_bytes(content)
+    config = json.loads((saved[0] / CONFIG_FILE).read_text())
+    config["files"][TRANSCODER_FILE] = hashlib.sha256(content).hexdigest()
+    (saved[0] / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"transcoder\.safetensors: has a tensor of type F4"):
+        load_dictionary(saved[0])
+
+
 def test_a_consistent_forgery_fails_against_the_ledgers_hash(saved: tuple[Path, str]) -> None:
     folder, sha256 = saved
     rewrite_tensors(folder, TRANSCODER_FILE, {"query.b_enc": torch.ones(24)})

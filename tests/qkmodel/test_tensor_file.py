@@ -87,6 +87,7 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path):
         '{"__metadata__": ["record"]}',
         '{"__metadata__": {"record": 3}}',
         '{"__metadata__": {"record": "[]"}}',
+        '{"a": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}}',
         "[" * 9999,
     ],
 )
