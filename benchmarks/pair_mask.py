@@ -1,13 +1,13 @@
 """Step 2 on SmolLM2: KL against pairs kept for trained masks, saliency, weights and chance; speed beside a dense mask.
 
-    python benchmarks/pair_mask.py            about two hours on two cores
+    python benchmarks/pair_mask.py            two and a half hours on two cores
     python benchmarks/pair_mask.py --only choices|masks|joint|speed|large
 
 A TopK 16 dictionary with 1,024 features a side is trained on layer 8 first. `choices` are pairs kept without training,
-`masks` trained ones. `joint` trains decoder rows and biases along, and beside it the dictionary without a mask on as
-many more tokens. No mask sees a sequence twice. The dense mask of `speed` is the paper's step 2 written plainly, made
-exact for rotary embeddings, at 512 features a side. `large` has 16,384 features a side, 2.4 billion pairs, and says how
-much memory that takes. The last line is the figures, as JSON.
+`masks` trained ones. `joint` trains the dictionary along, decoders alone or encoders too, and beside it the dictionary
+without a mask on as many more tokens. No mask sees a sequence twice. The dense mask of `speed` is the paper's step 2
+written plainly, made exact for rotary embeddings, at 512 features a side. `large` has 16,384 features a side, 2.4
+billion pairs, and says how much memory that takes. The last line is the figures, as JSON.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from qkmodel.pair_mask.masked_scores import mask_gradient
 from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.saliency import SalientPairs, salient_pairs
 from qkmodel.pair_mask.score_terms import SequenceCodes, sequence_codes
-from qkmodel.pair_mask.training import MaskTrainer
+from qkmodel.pair_mask.training import Batch, MaskTrainer
 from qkmodel.reference import ensure_reference
 from qkmodel.transcoder import QKTranscoder
 
@@ -47,9 +47,12 @@ MASKS = (
     {"form": "sqrt", "pair_cost": 1.7e-7},
     {"form": "sqrt", "pair_cost": 1e-6},
     {"form": "hard_concrete", "pair_cost": 2e-7, "learning_rate": 0.1},
-    {"form": "sqrt", "pair_cost": 1.4e-7, "joint": True, "decoder_learning_rate": 4e-3},
+    {"form": "sqrt", "pair_cost": 1.4e-7, "joint": True},
 )
-JOINT = {"form": "sqrt", "pair_cost": 3.4e-7, "joint": True, "decoder_learning_rate": 4e-3}
+JOINTS = (
+    {"form": "sqrt", "pair_cost": 3.4e-7, "joint": True},
+    {"form": "sqrt", "pair_cost": 1.7e-7, "joint": True, "encoders": True},
+)
 JOINT_CANDIDATE_SHARE = 0.01
 EXTRA_TOKENS = JOINT_STEPS * MASK_BATCH * 128
 SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -72,8 +75,8 @@ class Bench:
     def codes(self, split: str, numbers: list[int]) -> list[SequenceCodes]:
         return sequence_codes(self.transcoder, self.layer, self.cache.read(LAYER, split, numbers))
 
-    def held_out(self) -> list[SequenceCodes]:
-        return self.codes("validation", list(range(100)))
+    def held_out(self, transcoder: QKTranscoder) -> list[SequenceCodes]:
+        return sequence_codes(transcoder, self.layer, self.cache.read(LAYER, "validation", range(100)))
 
     def salient(self, share: float) -> SalientPairs:
         """The most salient pairs, so large a share of all."""
@@ -85,7 +88,8 @@ class Bench:
         trainer = MaskTrainer(settings, self.transcoder, self.layer, candidates, steps)
         order = np.random.default_rng(0).permutation(steps * MASK_BATCH).reshape(steps, MASK_BATCH)
         for numbers in order:
-            trainer.step(self.codes("train", sorted(numbers.tolist())), pool)
+            x = self.cache.read(LAYER, "train", sorted(numbers.tolist()))
+            trainer.step(Batch(x, sequence_codes(self.transcoder, self.layer, x)), pool)
         return trainer
 
 
@@ -113,7 +117,7 @@ def untrained_choices(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, dict[
         "weights": lambda count: by_weights(bench, count),
         "random": lambda count: at_random(shape, count),
     }
-    held_out, total, curves = bench.held_out(), np.prod(shape), {}
+    held_out, total, curves = bench.held_out(bench.transcoder), np.prod(shape), {}
     for name, choose in choices.items():
         pairs = {f"{share:g}": choose(int(share * total)) for share in SHARES}
         curves[name] = {
@@ -129,7 +133,8 @@ def trained(
     began = time.perf_counter()
     trainer = bench.train_mask(candidates, MaskHyperparameters(dictionary="0" * 16, **settings), steps, pool)
     figures = settings | {"steps": steps, "seconds": time.perf_counter() - began}
-    figures |= evaluate_mask(trainer.transcoder, bench.layer, bench.held_out(), trainer.kept, salient, pool)[0]
+    held_out = bench.held_out(trainer.transcoder)
+    figures |= evaluate_mask(trainer.transcoder, bench.layer, held_out, trainer.kept, salient, pool)[0]
     print({name: figures[name] for name in (*settings, "pairs_share", "kl_masked", "kl", "seconds")}, flush=True)
     return figures
 
@@ -140,13 +145,15 @@ def masks(bench: Bench, pool: ThreadPoolExecutor) -> list[dict[str, object]]:
 
 
 def joint(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, object]:
-    """Beside the dictionary that it began with, and that one trained on as many more tokens without a mask."""
+    """Beside the dictionary that they began with, and that one trained on as many more tokens without a mask."""
     found = bench.salient(JOINT_CANDIDATE_SHARE)
-    figures = trained(bench, found.pairs, found.salient, JOINT, JOINT_STEPS, pool)
+    runs = [trained(bench, found.pairs, found.salient, settings, JOINT_STEPS, pool) for settings in JOINTS]
+    figures: dict[str, object] = {"masks": runs}
     longer = Bench(bench.cache, FEATURES, TRAINING.tokens + EXTRA_TOKENS)
     for name, unmasked in (("kl_begun_with", bench), ("kl_unmasked_longer", longer)):
         every = PairSet.all(unmasked.transcoder, unmasked.layer.geometry.n_heads)
-        figures[name] = mask_kl(unmasked.transcoder, unmasked.layer, unmasked.held_out(), every, pool)
+        held_out = unmasked.held_out(unmasked.transcoder)
+        figures[name] = mask_kl(unmasked.transcoder, unmasked.layer, held_out, every, pool)
     return figures
 
 

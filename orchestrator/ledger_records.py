@@ -121,7 +121,8 @@ class Training:
     def family(self) -> str:
         """Trainings whose l0 behaves alike: topk, relu-l1, relu-sqrt, …; of masks: sqrt, sqrt-joint, …"""
         if self.task == "pair_mask":
-            return f"{self.hyperparameters['form']}{'-joint' if self.hyperparameters['joint'] else ''}"
+            along = [name for name in ("joint", "encoders") if self.hyperparameters[name]]
+            return "-".join([self.hyperparameters["form"], *along])
         parts = (self.hyperparameters.get("activation"), self.hyperparameters.get("penalty"))
         return "-".join(str(part) for part in parts if part is not None)
 

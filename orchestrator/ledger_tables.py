@@ -199,7 +199,7 @@ def read_trainings(session: Session, *conditions: ColumnElement[bool]) -> list[T
 
 
 # what every program reads of a training's hyperparameters, by task
-_NEEDED: tuple[set[str], ...] = ({"dictionary_size"}, {"dictionary", "form", "joint", "pair_cost"})
+_NEEDED: tuple[set[str], ...] = ({"dictionary_size"}, {"dictionary", "form", "joint", "encoders", "pair_cost"})
 
 
 def _checked(row: Row[Any]) -> RowMapping:

@@ -81,10 +81,11 @@ def _trained_on(config: DictionaryConfig) -> str:
 
 def _what_is_kept(config: DictionaryConfig) -> str:
     mask = config.pair_mask
-    decoders = "their decoders trained along" if mask.hyperparameters.joint else "their decoders unchanged"
+    trained = "encoders and decoders" if mask.hyperparameters.encoders else "decoders"
+    along = f"their {trained} trained along" if mask.hyperparameters.joint else "the transcoders unchanged"
     return (
         f"Of their pairs {config.metrics['pairs_kept']:,.0f} are kept ({config.metrics['pairs_share']:.2%} of all, "
-        f"{_code('pairs.safetensors')}), {decoders}: a query feature and a key feature make a head attend only where "
+        f"{_code('pairs.safetensors')}), {along}: a query feature and a key feature make a head attend only where "
         f"the pair is among that head's. The pairs are those of the dictionary {_code(mask.source_sha256)}."
     )
 

@@ -89,7 +89,7 @@ def masks_bytes(
     forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
     patching = _patched_bytes(use, context) if use is not None and use.patched else 0
     weights = _weight_bytes(use.model) if use is not None else 0
-    # each with its decoders trained along, and a source of its own
+    # each trained along, and a source of its own
     dictionaries = 2 * len(candidates) * (LASTING_BYTES + STEP_BYTES) * _parameters(source, geometry)
     pairs = (CANDIDATE_BYTES + MASKED_BYTES) * sum(candidates)
     # decoder rows of active features, rotated, and their gradients by head
@@ -97,6 +97,8 @@ def masks_bytes(
         side.k or SPARSE_SHARE * side.dictionary_size for side in (source.query_side, source.key_side)
     )
     rows = 4 * 4 * round(slots) * geometry.n_heads * geometry.d_head
+    # both sides of one sequence before and after the activation, and their gradients
+    rows += 4 * 4 * context * (source.query_side.dictionary_size + source.key_side.dictionary_size)
     # the true pattern, the bias terms, all terms, and their gradient
     scores = 4 * 4 * (batch + 1) * geometry.n_heads * context**2
     return LIBRARIES_BYTES + RUNNING_BYTES + weights + dictionaries + pairs + max(scores + rows + forward, patching)

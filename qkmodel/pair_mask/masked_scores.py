@@ -78,15 +78,18 @@ def mask_gradient(
     pairs: PairSet,
     mask: Mask,
     pool: ThreadPoolExecutor,
+    x: Float[Tensor, "sequences context d_model"] | None = None,
 ) -> MaskGradient:
     """The loss of a mask on a batch of sequences.
 
-    Where the transcoder's decoder rows and biases require gradients, theirs are added to `.grad`. No result depends on
-    how many threads `pool` has: they take different heads.
+    Where the transcoder's decoder rows and biases require gradients, theirs are added to `.grad`; with the batch's
+    inputs `x` those of encoder rows and biases too, and what is active is what the transcoder says now. No result
+    depends on how many threads `pool` has: they take different heads.
     """
     found, total = np.zeros_like(mask), 0.0
     rows = sum(one.context for one in batch) * layer.geometry.n_heads
-    for codes in batch:
+    for number, given in enumerate(batch):
+        codes = given if x is None else given.of(transcoder, x[number])
         terms = score_terms(transcoder, layer, codes)
         kl, gradients = _sequence_gradient(terms, layer, codes, pairs, mask, found, pool)
         total += kl

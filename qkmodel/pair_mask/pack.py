@@ -17,8 +17,8 @@ from qkmodel.configs import TrainingConfig
 from qkmodel.lockstep import Lockstep
 from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
 from qkmodel.pair_mask.saliency import SalientPairs
-from qkmodel.pair_mask.score_terms import SequenceCodes, sequence_codes
-from qkmodel.pair_mask.training import MaskTrainer
+from qkmodel.pair_mask.score_terms import sequence_codes
+from qkmodel.pair_mask.training import Batch, MaskTrainer
 from qkmodel.transcoder import QKTranscoder
 
 
@@ -67,13 +67,13 @@ class MaskPackTrainer(Lockstep):
         last = min(self.steps_done + steps, self.steps_planned)
         with self.pool() as pool:
             while self.steps_done < last and may_go_on():
-                codes = self._codes(self.steps_done)
+                batches = self._batches(self.steps_done)
                 for member in self.members:
-                    member.step(codes[member.hyperparameters.dictionary], pool)
+                    member.step(batches[member.hyperparameters.dictionary], pool)
                 self.steps_done += 1
 
-    def _codes(self, step: int) -> dict[str, list[SequenceCodes]]:
-        """Of every dictionary that a member still masks."""
+    def _batches(self, step: int) -> dict[str, Batch]:
+        """For every dictionary that a member still masks."""
         x = self.cache.read(self.layer.geometry.layer, "train", self.sequences_of(step))
         names = {member.hyperparameters.dictionary for member in self.members}
-        return {name: sequence_codes(self.sources[name].transcoder, self.layer, x) for name in names}
+        return {name: Batch(x, sequence_codes(self.sources[name].transcoder, self.layer, x)) for name in names}

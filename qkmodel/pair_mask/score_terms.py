@@ -1,6 +1,7 @@
 """The parts that a sequence's scores are the sum of: pairs of active features, and what a bias stands in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -66,6 +67,11 @@ class SequenceCodes:
     def slots(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Both sides as the compiled loops take them."""
         return (self.query.starts, self.query.features), (self.key.starts, self.key.positions)
+
+    def of(self, transcoder: QKTranscoder, x: Float[Tensor, "context d_model"]) -> Self:
+        """The same sequence in the features of `transcoder`, differentiable in its encoders; `x` is its input."""
+        query, key = by_position(transcoder.query.encode(x)), by_feature(transcoder.key.encode(x))
+        return replace(self, query=query, key=key)
 
 
 @torch.no_grad()

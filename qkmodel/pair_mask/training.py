@@ -1,4 +1,4 @@
-"""Training a mask on the salient pairs, alone or with decoder rows and biases, until each is kept or not.
+"""Training a mask on the salient pairs, alone or with the dictionary's rows and biases, until each is kept or not.
 
     loss = KL(p ‖ p̂_masked) + pair_cost · penalty(mask)
 
@@ -8,16 +8,18 @@ KL is the mean over heads and rows of the layer, so `pair_cost` is in nats: what
 import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.loss_sums import LossSums
 from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
 from qkmodel.pair_mask.mask_forms import FORMS
-from qkmodel.pair_mask.masked_scores import mask_gradient
+from qkmodel.pair_mask.masked_scores import Mask, MaskGradient, mask_gradient
 from qkmodel.pair_mask.pair_set import PairSet
 from qkmodel.pair_mask.score_terms import SequenceCodes
 from qkmodel.transcoder import QKTranscoder
@@ -25,6 +27,14 @@ from qkmodel.transcoder import QKTranscoder
 KEPT_ABOVE = 0.5
 # Learning rates are constant for this share of the steps that they are used in, then fall to 0.
 CONSTANT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences: what the layer received, and their codes in the dictionary as it was given."""
+
+    x: Float[Tensor, "sequences context d_model"]
+    codes: Sequence[SequenceCodes]
 
 
 class MaskTrainer:
@@ -52,27 +62,31 @@ class MaskTrainer:
         self._mask_optimiser = torch.optim.Adam(
             self._mask.parameters(), lr=hyperparameters.learning_rate, eps=1e-4 * hyperparameters.pair_cost
         )
-        self._decoder_optimiser: torch.optim.Adam | None = None
+        self._joint_optimiser: torch.optim.Adam | None = None
         if hyperparameters.joint:
-            sides = (self.transcoder.query, self.transcoder.key)
-            trained: list[nn.Parameter] = [parameter for side in sides for parameter in (side.W_dec, side.b_out)]
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            self._decoder_optimiser = torch.optim.Adam(trained, lr=hyperparameters.decoder_rate)
+            self._joint_optimiser = torch.optim.Adam(self._trained_along(), lr=hyperparameters.joint_rate)
         self.kept: PairSet | None = None
         self.losses = LossSums()
+
+    def _trained_along(self) -> list[nn.Parameter]:
+        trained: list[nn.Parameter] = []
+        for side in (self.transcoder.query, self.transcoder.key):
+            trained += [side.W_dec, side.b_out]
+            if self.hyperparameters.encoders:
+                trained += [side.W_enc, side.b_enc]
+        return [parameter.requires_grad_(True) for parameter in trained]
 
     @property
     def mask_steps(self) -> int:
         """The steps after which pairs are kept or not."""
         return max(1, round(self.steps * (1 - self.hyperparameters.share_settled)))
 
-    def step(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> None:
+    def step(self, batch: Batch, pool: ThreadPoolExecutor) -> None:
         """One step on a batch of sequences."""
         if self.kept is None:
             kl, pairs = self._step_of_mask(batch, pool)
         else:
-            kl, pairs = self._step_of_decoders(batch, pool), float(len(self.kept))
+            kl, pairs = self._step_of_dictionary(batch, pool), float(len(self.kept))
         self.losses.add(loss=kl + self.hyperparameters.pair_cost * pairs, train_kl=kl, train_pairs=pairs)
         self.steps_done += 1
         if self.steps_done == self.mask_steps:
@@ -89,18 +103,18 @@ class MaskTrainer:
         """Whether every number that is trained is one."""
         return all(parameter.isfinite().all() for parameter in self._trained().values())
 
-    def _step_of_mask(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> tuple[float, float]:
+    def _step_of_mask(self, batch: Batch, pool: ThreadPoolExecutor) -> tuple[float, float]:
         """The KL of the mask that the step was taken with, and about how many pairs that keeps."""
         mask = self._mask.sample(self._noise())
-        found = mask_gradient(self.transcoder, self.layer, batch, self.candidates, mask.detach().numpy(), pool)
+        found = self._gradient(batch, self.candidates, mask.detach().numpy(), pool)
         mask.backward(torch.from_numpy(found.mask))
         penalty = self._mask.penalty()
         (self.hyperparameters.pair_cost * penalty).backward()
         factor = _rate(self.steps_done / self.mask_steps)
         _descend(self._mask_optimiser, self.hyperparameters.learning_rate * factor)
         self._mask.after_step()
-        if self._decoder_optimiser is not None:
-            self._descend_decoders()
+        if self._joint_optimiser is not None:
+            self._descend_dictionary()
         return found.kl, penalty.item()
 
     def _noise(self) -> torch.Generator:
@@ -109,24 +123,27 @@ class MaskTrainer:
         state = np.random.SeedSequence((self.hyperparameters.seed, self.steps_done)).generate_state(1)
         return torch.Generator().manual_seed(int(state[0]))
 
-    def _step_of_decoders(self, batch: Sequence[SequenceCodes], pool: ThreadPoolExecutor) -> float:
-        found = mask_gradient(self.transcoder, self.layer, batch, self.kept, np.ones(len(self.kept), np.float32), pool)
-        self._descend_decoders()
+    def _step_of_dictionary(self, batch: Batch, pool: ThreadPoolExecutor) -> float:
+        found = self._gradient(batch, self.kept, np.ones(len(self.kept), np.float32), pool)
+        self._descend_dictionary()
         return found.kl
 
-    def _descend_decoders(self) -> None:
+    def _gradient(self, batch: Batch, pairs: PairSet, mask: Mask, pool: ThreadPoolExecutor) -> MaskGradient:
+        x = batch.x if self.hyperparameters.encoders else None
+        return mask_gradient(self.transcoder, self.layer, batch.codes, pairs, mask, pool, x)
+
+    def _descend_dictionary(self) -> None:
         factor = _rate(self.steps_done / self.steps)
-        _descend(self._decoder_optimiser, self.hyperparameters.decoder_rate * factor)
+        _descend(self._joint_optimiser, self.hyperparameters.joint_rate * factor)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         named = {f"mask.{name}": parameter for name, parameter in self._mask.named_parameters()}
-        if self._decoder_optimiser is not None:
-            decoders = self.transcoder.named_parameters()
-            named |= {f"transcoder.{name}": parameter for name, parameter in decoders if parameter.requires_grad}
+        along = self.transcoder.named_parameters()
+        named |= {f"transcoder.{name}": parameter for name, parameter in along if parameter.requires_grad}
         return named
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Steps done, mask, decoders where they are trained, moments, the choice if made, and losses not read yet."""
+        """Steps done, mask, what is trained along, moments, the choice if made, and losses not read yet."""
         tensors = {"steps_done": torch.tensor(self.steps_done)}
         if self.kept is not None:
             tensors["kept"] = torch.from_numpy(self.kept.numbers)
@@ -155,7 +172,7 @@ class MaskTrainer:
         self.losses.load_state_tensors({name.removeprefix("losses."): value for name, value in losses.items()})
 
     def _optimiser_of(self, name: str) -> torch.optim.Adam:
-        return self._mask_optimiser if name.startswith("mask.") else self._decoder_optimiser
+        return self._mask_optimiser if name.startswith("mask.") else self._joint_optimiser
 
 
 def _rate(progress: float) -> float:

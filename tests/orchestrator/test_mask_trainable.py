@@ -85,6 +85,7 @@ def order(
 MASKS = {
     "alone": {"dictionary": 0, "pair_cost": 1e-4, "learning_rate": 0.1},
     "joint": {"dictionary": 0, "pair_cost": 1e-4, "learning_rate": 0.1, "joint": True},
+    "encoders": {"dictionary": 0, "pair_cost": 1e-4, "learning_rate": 0.1, "joint": True, "encoders": True},
     "other": {"dictionary": 1, "pair_cost": 1e-4, "learning_rate": 0.1, "form": "hard_concrete"},
 }
 
@@ -118,6 +119,8 @@ def test_reports_on_the_way_and_a_dictionary_with_its_pairs(
     joint = load_dictionary(tmp_path / answers[-1]["joint"].dictionary)
     assert not torch.equal(joint.transcoder.query.W_dec, of_source.transcoder.query.W_dec)
     assert torch.equal(joint.transcoder.query.W_enc, of_source.transcoder.query.W_enc)
+    encoders = load_dictionary(tmp_path / answers[-1]["encoders"].dictionary)
+    assert not torch.equal(encoders.transcoder.key.W_enc, of_source.transcoder.key.W_enc)
 
 
 def test_together_alone_killed_or_on_more_threads_a_mask_is_the_same(

@@ -53,11 +53,17 @@ def test_a_mask_multiplies_pair_terms_and_leaves_biases(family, pool):
 
 
 @every_family
-def test_loss_and_gradients_equal_autograd_through_the_dense_form(family, pool):
+@pytest.mark.parametrize("encoders", [False, True])
+def test_loss_and_gradients_equal_autograd_through_the_dense_form(family, encoders, pool):
     transcoder, layer, x = dense.random_dictionary(family)
     pairs, mask, whole = some_pairs(transcoder, layer.geometry.n_heads, 0.5)
     batch = sequence_codes(transcoder, layer, x)
     trained = [transcoder.query.W_dec, transcoder.query.b_out, transcoder.key.W_dec, transcoder.key.b_out]
+    if encoders:
+        trained += [side.get_parameter(name) for side in transcoder.children() for name in ("W_enc", "b_enc")]
+        # what was active before must not matter
+        with torch.no_grad():
+            transcoder.query.b_enc.mul_(-1)
     for parameter in trained:
         parameter.requires_grad_(True)
 
@@ -67,7 +73,7 @@ def test_loss_and_gradients_equal_autograd_through_the_dense_form(family, pool):
     expected = mean_kl(log_p, log_p_hat)
     gradients = torch.autograd.grad(expected, [whole, *trained])
 
-    found = mask_gradient(transcoder, layer, batch, pairs, mask, pool)
+    found = mask_gradient(transcoder, layer, batch, pairs, mask, pool, x if encoders else None)
     assert found.kl == pytest.approx(expected.item(), abs=1e-12)
     np.testing.assert_allclose(found.mask, gradients[0].flatten()[pairs.numbers], atol=1e-12)
     for parameter, gradient in zip(trained, gradients[1:], strict=True):
@@ -83,6 +89,7 @@ def test_the_number_of_threads_changes_no_digit():
         transcoder.requires_grad_(True).zero_grad()
         with ThreadPoolExecutor(threads) as pool:
             batch: list[SequenceCodes] = sequence_codes(transcoder, layer, x)
-            found = mask_gradient(transcoder, layer, batch, pairs, mask.astype(np.float32), pool)
-        results.append((found.kl, found.mask.tobytes(), transcoder.key.W_dec.grad.numpy().tobytes()))
+            found = mask_gradient(transcoder, layer, batch, pairs, mask.astype(np.float32), pool, x)
+        gradients = [parameter.grad.numpy().tobytes() for parameter in transcoder.key.parameters()]
+        results.append((found.kl, found.mask.tobytes(), gradients))
     assert results[0] == results[1]
