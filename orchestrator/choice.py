@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from orchestrator.ledger_records import Training
-from orchestrator.objectives import Objectives
+from orchestrator.objectives import OBJECTIVES
 from orchestrator.pareto import knee, point_of
 from orchestrator.status import StudyStatus
 from qkmodel.errors import InputError
@@ -15,13 +15,18 @@ from qkmodel.tasks import Task
 # `l0=16` takes up to 17.6: where l0 is steered to a target, it ends a few per cent beside it
 L0_TOLERANCE = Fraction(1, 10)
 WHERE_IDS_ARE = "dictionaries/ in its folder has all by id, orchestrate fronts --json those on fronts"
-RULES = "knee, l0=16 (of pair masks: pairs=9000), kl_recovered>=0.95 or training=ID"
+RULES = "knee, l0=16, kl_recovered>=0.95 (of pair masks: pairs=9000, kl_masked_recovered>=0.95) or training=ID"
 
 _DIGITS_OF_ID = 8
 # what rules call what a front has few of
-_SIZES: dict[Task, str] = {"transcoder": "l0", "pair_mask": "pairs"}
+_SIZES: dict[str, Task] = {"l0": "transcoder", "pairs": "pair_mask"}
+_RECOVERED: dict[str, Task] = {objectives.recovered: task for task, objectives in OBJECTIVES.items()}
 _RULE = re.compile(
-    r"(knee)|(l0|pairs)=(\d{1,9}(?:\.\d{1,4})?)|kl_recovered>=(\d(?:\.\d{1,6})?)|training=([0-9a-zA-Z_-]+)", re.A
+    r"(?P<knee>knee)"
+    rf"|(?P<size>{'|'.join(_SIZES)})=(?P<most>\d{{1,9}}(?:\.\d{{1,4}})?)"
+    rf"|(?P<recovered>{'|'.join(_RECOVERED)})>=(?P<share>\d(?:\.\d{{1,6}})?)"
+    r"|training=(?P<training>[0-9a-zA-Z_-]+)",
+    re.A,
 )
 
 
@@ -48,8 +53,12 @@ class KneeRule:
 class SizeRule:
     """The lowest kl of those with at most so many active features per token, a tenth more allowed, or so many pairs."""
 
-    task: Task
+    named: str
     most: Fraction
+
+    @property
+    def task(self) -> Task:
+        return _SIZES[self.named]
 
     @property
     def limit(self) -> float:
@@ -57,10 +66,11 @@ class SizeRule:
 
     @property
     def slug(self) -> str:
-        return f"{_SIZES[self.task]}-{_number(self.most)}"
+        return f"{self.named}-{_number(self.most)}"
 
-    def words(self, objectives: Objectives) -> str:
-        return f"has {objectives.size} ≤ {self.limit:g}"
+    @property
+    def words(self) -> str:
+        return f"has {OBJECTIVES[self.task].size} ≤ {self.limit:g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
         inside = [one for one in front if point_of(one)[0] <= self.limit]
@@ -71,14 +81,20 @@ class SizeRule:
 class RecoveredRule:
     """The lowest l0, or the fewest pairs, of those that recover at least this share of the baseline's KL."""
 
+    named: str
     share: Fraction
+
+    @property
+    def task(self) -> Task:
+        return _RECOVERED[self.named]
 
     @property
     def slug(self) -> str:
         return f"recovered-{_number(self.share * 100)}"
 
-    def words(self, objectives: Objectives) -> str:
-        return f"has {objectives.recovered} ≥ {float(self.share):g}"
+    @property
+    def words(self) -> str:
+        return f"has {self.named} ≥ {float(self.share):g}"
 
     def pick(self, front: Sequence[Training]) -> Training | None:
         inside = [one for one in front if _recovered(one) >= float(self.share)]
@@ -105,15 +121,15 @@ def parse_rule(text: str) -> Rule:
     found = _RULE.fullmatch(text)
     if found is None:
         raise InputError(f"--rule: {text[:80]!r} is none; write {RULES}")
-    _, size, most, share, training = found.groups()
+    size, most, recovered, share, training = found.group("size", "most", "recovered", "share", "training")
     if most is not None and Fraction(most) < 1:
         raise InputError(f"--rule: {text}: fronts begin at {size} 1; write {size}=1 or more")
     if share is not None and not 0 < Fraction(share) <= 1:
-        raise InputError(f"--rule: {text}: kl_recovered is a share; write a number up to 1, for example 0.95")
+        raise InputError(f"--rule: {text}: {recovered} is a share; write a number up to 1, for example 0.95")
     if most is not None:
-        return SizeRule("transcoder" if size == _SIZES["transcoder"] else "pair_mask", Fraction(most))
+        return SizeRule(size, Fraction(most))
     if share is not None:
-        return RecoveredRule(Fraction(share))
+        return RecoveredRule(recovered, Fraction(share))
     return KneeRule() if training is None else TrainingRule(training)
 
 
@@ -129,9 +145,8 @@ def apply_rule(statuses: Sequence[StudyStatus], rule: Rule, layer: int | None = 
     if not wanted:
         layers = ", ".join(str(status.study.layer) for status in current) or "none"
         raise InputError(f"--layer: the sweep has no such layer as of its latest start; it has {layers}")
-    if isinstance(rule, SizeRule) and any(status.study.task != rule.task for status in wanted):
-        other = "transcoder" if rule.task == "pair_mask" else "pair_mask"
-        raise InputError(f"--rule: {_SIZES[rule.task]} is not measured in this sweep; write {_SIZES[other]}=…")
+    if isinstance(rule, SizeRule | RecoveredRule) and any(status.study.task != rule.task for status in wanted):
+        raise InputError(f"--rule: {rule.named} is not what this sweep's fronts weigh; write {RULES}")
     picked = [(status, rule.pick(status.front)) for status in wanted]
     if misses := [_what_there_is(status, rule) for status, training in picked if training is None]:
         raise InputError("; ".join(misses))
@@ -176,7 +191,7 @@ def _what_there_is(status: StudyStatus, rule: FrontRule) -> str:
     found = front[0].objectives
     offered = f"{found.size} {sizes[0]:.6g} to {sizes[-1]:.6g}"
     offered += f" and {found.recovered} {min(recovered):.4g} to {max(recovered):.4g}"
-    return f"{status.title}: no training on the front {rule.words(found)}; it offers {offered}"
+    return f"{status.title}: no training on the front {rule.words}; it offers {offered}"
 
 
 def _recovered(training: Training) -> float:

@@ -193,7 +193,7 @@ def report(
         str | None, typer.Option(metavar="ID", help="The training to examine; left out: the knee of each front.")
     ] = None,
 ) -> None:
-    """Write a sweep as one HTML page, which MLflow gets too: fronts, costs, trainings, heads, features, attention."""
+    """Write a sweep of transcoders as one HTML page, for MLflow too: fronts, costs, trainings, heads, attention."""
     from orchestrator.report.write import write_report
 
     ledger = open_ledger(sweep)

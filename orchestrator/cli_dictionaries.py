@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator.addresses import HIDDEN
+from orchestrator.choice import RULES, apply_rule, parse_rule
 from orchestrator.cli_output import JsonOption, LayerOption, SweepArgument, console, messages, print_json
 from orchestrator.status import study_statuses
 from orchestrator.storage.address import check_storage_text, is_bucket
@@ -21,14 +22,10 @@ dictionary_commands = typer.Typer()
 def choose(
     sweep: SweepArgument,
     layer: LayerOption = None,
-    rule: Annotated[
-        str, typer.Option(help="knee, l0=16 (of masks pairs=9000), kl_recovered>=0.95 or training=ID.")
-    ] = "knee",
+    rule: Annotated[str, typer.Option(help=f"{RULES}.")] = "knee",
     as_json: JsonOption = False,
 ) -> None:
     """Register one dictionary of each front in MLflow's registry, and print the Python that loads it."""
-    from orchestrator.choice import apply_rule, parse_rule
-
     parsed, ledger = parse_rule(rule), open_ledger(sweep)
     choices = apply_rule(study_statuses(ledger), parsed, layer)
     tracking, storage = tracking_of(sweep)
@@ -50,14 +47,10 @@ def export(
     sweep: SweepArgument,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write; it must not be there yet.")],
     layer: LayerOption = None,
-    rule: Annotated[
-        str | None, typer.Option(help="knee (default), l0=16 (of masks pairs=9000), kl_recovered>=0.95 or training=ID.")
-    ] = None,
+    rule: Annotated[str | None, typer.Option(help=f"{RULES}; knee where left out.")] = None,
     training: Annotated[str | None, typer.Option(metavar="ID", help="The same as --rule training=ID.")] = None,
 ) -> None:
     """Write one dictionary as a folder for a model hub: safetensors, configuration and a model card."""
-    from orchestrator.choice import apply_rule, parse_rule
-
     if rule is not None and training is not None:
         raise InputError("--rule and --training exclude each other; give one")
     parsed = parse_rule(f"training={training}" if training is not None else rule or "knee")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from orchestrator.ledger_place import is_begun
 from orchestrator.storage.address import is_bucket
 from orchestrator.storage.opened import open_in_bucket
 from orchestrator.storage_check import check_bucket
@@ -35,7 +36,13 @@ def open_dictionary(reference: str, tracking: str | None) -> Dictionary:
         bucket.fetch(folder)
         return load_dictionary(folder)
     if not reference.startswith("models:"):
-        return load_dictionary(Path(reference).absolute())
+        folder = Path(reference).absolute()
+        if is_begun(folder):
+            raise InputError(
+                f"{reference}: is a sweep's folder; give one of those in its dictionaries/ (orchestrate fronts --json "
+                "has the paths of those on fronts)"
+            )
+        return load_dictionary(folder)
     # takes seconds to import
     from orchestrator.registry import load_dictionary as load_registered
 

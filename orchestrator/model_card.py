@@ -16,7 +16,7 @@ from qkmodel.model_description import BUNDLED_MODELS
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 _BOTH_WAYS = ("kl", "kl_query", "kl_key", "kl_baseline", "kl_recovered")
 _ONCE_OF_MASKS = (
-    *("kl_masked", "kl", "kl_no_pairs", "kl_baseline", "kl_masked_recovered", "mask_recovered"),
+    *("kl_masked", "kl_unmasked", "kl_no_pairs", "kl_baseline", "kl_masked_recovered", "mask_recovered"),
     *("pairs_kept", "pairs_share"),
     *("pairs_share_active", "pairs_for_90", "variance_share", "bias_share"),
     *("unpaired_query", "unpaired_key", "ce_recovered"),
@@ -86,7 +86,8 @@ def _what_is_kept(config: DictionaryConfig) -> str:
     return (
         f"Of their pairs {config.metrics['pairs_kept']:,.0f} are kept ({config.metrics['pairs_share']:.2%} of all, "
         f"{_code('pairs.safetensors')}), {along}: a query feature and a key feature make a head attend only where "
-        f"the pair is among that head's. The pairs are those of the dictionary {_code(mask.source_sha256)}."
+        f"the pair is among that head's. They come from the dictionary {_code(mask.source_sha256)}"
+        f"{', whose features are no longer the same' if mask.hyperparameters.encoders else ''}."
     )
 
 
@@ -116,9 +117,10 @@ def _how_measured(config: DictionaryConfig) -> str:
         parts.append("*Without BOS* leaves the first key position out; *recovered* is 1 − KL / baseline KL.")
     else:
         parts.append(
-            f"{_code('kl_masked')} is with the kept pairs, {_code('kl')} with all, {_code('kl_no_pairs')} with none; "
+            f"{_code('kl_masked')} is with the kept pairs, {_code('kl_unmasked')} that of the dictionary they come "
+            f"from with all of its own, {_code('kl_no_pairs')} with none; "
             f"{_code('kl_masked_recovered')} is 1 − kl_masked / kl_baseline, {_code('mask_recovered')} "
-            "(kl_no_pairs − kl_masked) / (kl_no_pairs − kl)."
+            "(kl_no_pairs − kl_masked) / (kl_no_pairs − kl_unmasked)."
         )
     return " ".join(parts)
 

@@ -76,7 +76,10 @@ def source_dictionaries(
             found[source.layer][source.name] = source
     for layer, sources in found.items():
         if not sources:
-            raise InputError(f"{_KEY}: has none of layer {layer}; name one, or leave the layer out of layers")
+            raise InputError(
+                f"{_KEY}: {', '.join(config.pair_mask.dictionaries)}: no dictionary of layer {layer} (of a sweep, "
+                "those on its fronts count); name one, or write layers as the dictionaries are of"
+            )
     return {layer: tuple(sources.values()) for layer, sources in found.items()}
 
 

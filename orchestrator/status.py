@@ -28,6 +28,7 @@ MASK_METRICS = (
     "kl_masked_recovered",
     "kl",
     "kl_no_pairs",
+    "kl_unmasked",
     "mask_recovered",
     "pairs_kept",
     "pairs_share",

@@ -23,7 +23,7 @@ _COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("of all", "pairs_share", ".2%"),
         ("KL", "kl_masked", ".4f"),
         ("recovered", "kl_masked_recovered", ".1%"),
-        ("all pairs", "kl", ".4f"),
+        ("unmasked", "kl_unmasked", ".4f"),
         ("no pairs", "kl_no_pairs", ".4f"),
         ("CE rec.", "ce_recovered", ".1%"),
     ),

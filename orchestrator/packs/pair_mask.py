@@ -9,11 +9,12 @@ from orchestrator.versions import git_sha, package_versions
 from qkmodel.dictionary import DictionaryConfig, PairMaskConfig, load_dictionary, save_dictionary
 from qkmodel.evaluation import evaluate_cross_entropy
 from qkmodel.pair_mask.candidates import SplitCodes, read_candidates
-from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl, masked_pattern
+from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl, masked_pattern, unmasked_kl
 from qkmodel.pair_mask.kept_pairs import KeptPairs
 from qkmodel.pair_mask.pack import MaskPackTrainer, MaskSource
 from qkmodel.pair_mask.shares import PairShares
 from qkmodel.pair_mask.training import MaskTrainer
+from qkmodel.transcoder import QKTranscoder
 
 
 class MaskPack:
@@ -62,9 +63,17 @@ class MaskPack:
 
     def _final(self, member: MaskTrainer, pool: ThreadPoolExecutor) -> Metrics:
         inputs, training, layer = self._inputs, self._inputs.order.training, self._inputs.layer
-        salient = self.trainer.sources[member.hyperparameters.dictionary].candidates.salient
-        codes = SplitCodes(member.transcoder, layer, inputs.cache, "validation", training.validation_sequences)
-        metrics, shares = evaluate_mask(member.transcoder, layer, codes, member.kept, salient, pool)
+        source = self.trainer.sources[member.hyperparameters.dictionary]
+
+        def codes(transcoder: QKTranscoder) -> SplitCodes:
+            return SplitCodes(transcoder, layer, inputs.cache, "validation", training.validation_sequences)
+
+        before = source.transcoder
+        unmasked = unmasked_kl(before, layer, codes(before)) if member.hyperparameters.joint else None
+        of_member = codes(member.transcoder)
+        metrics, shares = evaluate_mask(
+            member.transcoder, layer, of_member, member.kept, source.candidates.salient, pool, unmasked
+        )
         self._shares.append(shares)
         baseline = inputs.reference.kl_baseline
         metrics |= {

@@ -79,7 +79,7 @@ class SharedFolder:
     def read(self, path: Path) -> bytes | None:
         try:
             return path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, path: Path, data: bytes) -> None:

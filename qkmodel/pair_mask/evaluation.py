@@ -35,6 +35,15 @@ def mask_kl(
 
 
 @torch.no_grad()
+def unmasked_kl(transcoder: QKTranscoder, layer: AttentionLayer, codes: Iterable[SequenceCodes]) -> float:
+    """The same with all pairs."""
+    kl = _MeanKL()
+    for one in codes:
+        kl.add(one, final_scores(score_terms(transcoder, layer, one).scores, layer))
+    return kl.value
+
+
+@torch.no_grad()
 def evaluate_mask(
     transcoder: QKTranscoder,
     layer: AttentionLayer,
@@ -42,12 +51,16 @@ def evaluate_mask(
     kept: PairSet,
     salient_pairs: int,
     pool: ThreadPoolExecutor,
+    kl_unmasked: float | None = None,
 ) -> tuple[dict[str, float | None], PairShares]:
     """Metrics of a mask, and the shares of its pairs, on held-out sequences, which are gone through once.
 
-    `kl_masked`; `kl`, of all pairs, and `kl_no_pairs`, of the bias terms alone, of the same decoders;
-    `mask_recovered` = (kl_no_pairs − kl_masked)/(kl_no_pairs − kl), None where pairs change nothing; `pairs_kept`, its
-    share of all pairs and of the `salient_pairs` of the calibration sequences, see `SalientPairs.salient`;
+    Where a dictionary was trained along, its pairs that are not kept mean nothing, so `kl_unmasked` is given, that of
+    the dictionary it comes from with all pairs, and shares are those of the masked score; else of the score of all.
+
+    `kl_masked`; `kl`, of all pairs, and `kl_no_pairs`, of the bias terms alone, of the same transcoders; `kl_unmasked`;
+    `mask_recovered` = (kl_no_pairs − kl_masked)/(kl_no_pairs − kl_unmasked), None where that is nothing; `pairs_kept`,
+    its share of all pairs and of the `salient_pairs` of the calibration sequences, see `SalientPairs.salient`;
     `pairs_head_00`…; `unpaired_query` and `unpaired_key`, shares of features without a pair in any head;
     `pairs_for_90` of the kept, see `PairShares.pairs_for`; `variance_share` and `bias_share`, what of the heads' score
     variance the kept pairs and the bias terms make up, mean over heads.
@@ -57,18 +70,21 @@ def evaluate_mask(
     mask, sums = np.ones(len(kept), np.float32), ShareSums(layer, kept)
     for one in codes:
         terms = score_terms(transcoder, layer, one)
-        masked.add(one, final_scores(masked_sums(terms, layer, one, kept, mask, pool), layer))
+        of_kept = masked_sums(terms, layer, one, kept, mask, pool)
+        masked.add(one, final_scores(of_kept, layer))
         without.add(one, final_scores(terms.bias_scores, layer))
         whole.add(one, final_scores(terms.scores, layer))
-        sums.add(terms, one, pool)
+        sums.add(terms, terms.scores if kl_unmasked is None else of_kept, one, pool)
     shares = sums.shares()
     few = shares.pairs_for(VARIANCE_SHARE)
-    spread = without.value - whole.value
+    unmasked = whole.value if kl_unmasked is None else kl_unmasked
+    spread = without.value - unmasked
     paired = kept.pairs_of_rows.reshape(heads, queries).any(0).sum()
     metrics = {
         "kl": whole.value,
         "kl_masked": masked.value,
         "kl_no_pairs": without.value,
+        "kl_unmasked": unmasked,
         "mask_recovered": (without.value - masked.value) / spread if spread else None,
         "pairs_kept": float(len(kept)),
         "pairs_share": len(kept) / (heads * queries * keys),

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
 
 from qkmodel.attention import AttentionLayer
 from qkmodel.kernels import pair_mask_cpu
@@ -55,9 +56,15 @@ class ShareSums:
         self._of_biases = torch.zeros_like(self._variances)
 
     @torch.no_grad()
-    def add(self, terms: ScoreTerms, codes: SequenceCodes, pool: ThreadPoolExecutor) -> None:
-        """One more sequence."""
-        p, scores = codes.log_p.exp(), terms.scores
+    def add(
+        self,
+        terms: ScoreTerms,
+        scores: Float[Tensor, "n_heads context context"],
+        codes: SequenceCodes,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """One more sequence, and those of its scores that pairs and bias terms have a part of."""
+        p = codes.log_p.exp()
         weights = p * (scores - (p * scores).sum(-1, keepdim=True))
         self._variances += (weights * scores).sum((1, 2)).double()
         self._of_biases += (weights * terms.bias_scores).sum((1, 2)).double()

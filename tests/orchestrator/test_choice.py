@@ -195,6 +195,6 @@ def test_an_empty_front_is_said(tmp_path: Path) -> None:
 
 def test_the_bound_itself_is_met() -> None:
     front = front_of([(17.6, 0.1), (17.7, 0.05)])
-    assert SizeRule("transcoder", parse_rule("l0=16").most).pick(front).metrics["l0"] == 17.6
+    assert SizeRule("l0", parse_rule("l0=16").most).pick(front).metrics["l0"] == 17.6
     exact = front_of([(8.0, 0.1)])
-    assert RecoveredRule(parse_rule("kl_recovered>=0.95").share).pick(exact) is exact[0]
+    assert RecoveredRule("kl_recovered", parse_rule("kl_recovered>=0.95").share).pick(exact) is exact[0]

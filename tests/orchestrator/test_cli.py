@@ -304,7 +304,7 @@ def test_a_command_that_cannot_be_understood_is_one_line(
     [
         (
             ["choose", "small", "--rule", "best"],
-            "--rule: 'best' is none; write knee, l0=16 (of pair masks: pairs=9000), kl",
+            "--rule: 'best' is none; write knee, l0=16, kl_recovered>=0.95 (of pair masks: pairs=9000",
         ),
         (
             ["choose", "small", "--layer", "8", "--rule", "l0=4"],

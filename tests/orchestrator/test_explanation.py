@@ -93,3 +93,9 @@ def test_what_does_not_go_with_dictionary_or_model_is_refused(tmp_path: Path) ->
         explain(small_dictionary(tmp_path / "deep", layer=9, num_hidden_layers=2), 0, "of", 1, 1)
     with pytest.raises(InputError, match=r"reads 24 numbers a token; layers of model .* receive 40"):
         explain(small_dictionary(tmp_path / "wide", hidden_size=40), 0, "of", 1, 1)
+
+
+def test_a_sweep_in_place_of_a_dictionary_is_told_where_its_dictionaries_are(tmp_path: Path) -> None:
+    (tmp_path / LEDGER_FILE).touch()
+    with pytest.raises(InputError, match="is a sweep's folder; give one of those in its dictionaries/"):
+        open_dictionary(str(tmp_path), None)

@@ -119,6 +119,15 @@ def test_reports_on_the_way_and_a_dictionary_with_its_pairs(
     joint = load_dictionary(tmp_path / answers[-1]["joint"].dictionary)
     assert not torch.equal(joint.transcoder.query.W_dec, of_source.transcoder.query.W_dec)
     assert torch.equal(joint.transcoder.query.W_enc, of_source.transcoder.query.W_enc)
+    assert answers[-1]["joint"].metrics["kl"] != final.metrics["kl"]
+    # compared with is the dictionary that all three come from
+    unmasked = {name: answers[-1][name].metrics["kl_unmasked"] for name in ("alone", "joint", "encoders")}
+    assert unmasked == pytest.approx(dict.fromkeys(unmasked, final.metrics["kl"]), abs=1e-6)
+    of_encoders = answers[-1]["encoders"].metrics
+    assert of_encoders["mask_recovered"] == pytest.approx(
+        (of_encoders["kl_no_pairs"] - of_encoders["kl_masked"]) / (of_encoders["kl_no_pairs"] - final.metrics["kl"])
+    )
+    assert of_encoders["variance_share"] + of_encoders["bias_share"] == pytest.approx(1, abs=1e-3)
     encoders = load_dictionary(tmp_path / answers[-1]["encoders"].dictionary)
     assert not torch.equal(encoders.transcoder.key.W_enc, of_source.transcoder.key.W_enc)
 

@@ -57,7 +57,13 @@ def masks(tmp_path: Path) -> Ledger:
     ledger.set_reference("study", {"kl_baseline": 2.0, "pairs_cap": 1000})
     for training_id, (cost, joint, kept, kl) in MASKS.items():
         hyperparameters = MaskHyperparameters(dictionary=training.dictionary_sha256[:16], pair_cost=cost, joint=joint)
-        metrics = {"kl_masked": kl, "kl_masked_recovered": 1 - kl / 2, "kl": 0.1, "kl_recovered": 0.95}
+        metrics = {
+            "kl_masked": kl,
+            "kl_masked_recovered": 1 - kl / 2,
+            "kl": 0.1,
+            "kl_unmasked": 0.1,
+            "kl_recovered": 0.95,
+        }
         metrics |= {"kl_no_pairs": 1.5, "mask_recovered": (1.5 - kl) / 1.4, "pairs_kept": float(kept)}
         metrics |= {"pairs_share": kept / 2**20, "pairs_head_00": float(kept), "ce_recovered": 0.9}
         shape = (4, 512, 512)
@@ -142,11 +148,13 @@ def test_a_mask_is_chosen_registered_and_loaded_with_its_pairs(masks: Ledger) ->
     def chosen(rule: str) -> str:
         return apply_rule(statuses, parse_rule(rule))[0].training.training_id[:2]
 
-    assert (chosen("pairs=899"), chosen("pairs=900"), chosen("kl_recovered>=0.9")) == ("c3", "d4", "c3")
+    assert (chosen("pairs=899"), chosen("pairs=900"), chosen("kl_masked_recovered>=0.9")) == ("c3", "d4", "c3")
     with pytest.raises(InputError, match=r"no training on the front has kl_masked_recovered ≥ 0\.99"):
-        chosen("kl_recovered>=0.99")
-    with pytest.raises(InputError, match="l0 is not measured in this sweep; write pairs="):
-        chosen("l0=16")
+        chosen("kl_masked_recovered>=0.99")
+    # kl_recovered is that of all pairs, which a front of masks does not weigh
+    for rule in ("l0=16", "kl_recovered>=0.9"):
+        with pytest.raises(InputError, match=r"is not what this sweep's fronts weigh; write .* pairs=9000"):
+            chosen(rule)
     choices = apply_rule(statuses, parse_rule("pairs=300"))
     store = f"sqlite:///{storage / 'mlflow.db'}"
     (registered,) = register(store, storage, masks, choices)

@@ -80,9 +80,11 @@ def test_a_registered_dictionary_is_the_same_source(storage: Path) -> None:
 
 
 def test_what_cannot_be_a_source_is_one_line(storage: Path) -> None:
-    with pytest.raises(InputError, match="nothing: is neither a dictionary's folder nor a sweep"):
-        sources(storage, "nothing")
-    with pytest.raises(InputError, match="has none of layer 5"):
+    (storage / "file").touch()
+    for reference in ("nothing", str(storage / "file")):
+        with pytest.raises(InputError, match=f"{reference}: is neither a dictionary's folder nor a sweep"):
+            sources(storage, reference)
+    with pytest.raises(InputError, match="small: no dictionary of layer 5"):
         sources(storage, "small", layers=(5, 8))
     one = sources(storage, "small")[8][0]
     with pytest.raises(InputError, match="is of layer 8, which is not among layers"):

@@ -17,7 +17,8 @@ def test_shares_are_covariances_with_the_score(family):
     with ThreadPoolExecutor(2) as pool:
         sums = ShareSums(layer, everything)
         for codes in sequence_codes(transcoder, layer, x):
-            sums.add(score_terms(transcoder, layer, codes), codes, pool)
+            terms = score_terms(transcoder, layer, codes)
+            sums.add(terms, terms.scores, codes, pool)
     found = sums.shares()
     d_head, group = layer.geometry.d_head, layer.geometry.n_heads // layer.geometry.n_kv_heads
     covariance, variance, total, count, of_biases = 0, 0, 0, 0, 0
