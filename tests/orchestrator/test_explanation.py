@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from orchestrator.explanation import explain, read_prompt
+from orchestrator.explanation import explain, open_dictionary, read_prompt
+from orchestrator.ledger_file import LEDGER_FILE
 from qkmodel.configs import ModelConfig
 from qkmodel.dictionary import Dictionary, load_dictionary
 from qkmodel.errors import InputError
