@@ -33,7 +33,7 @@ _OUTSIDE_MARKER = ("x", "x-thin-open")
 _OUTSIDE = "outside"
 _HOVERED = {
     "transcoder": ("kl", "kl_recovered", "kl_recovered_no_bos", "l0", "l0_query", "l0_key", "top1"),
-    "pair_mask": ("kl_masked", "kl_masked_recovered", "kl", "pairs_kept", "pairs_share", "variance_share"),
+    "pair_mask": ("kl_masked", "kl_masked_recovered", "kl_unmasked", "pairs_kept", "pairs_share", "variance_share"),
 }
 _FRONT = "on the front of the whole pattern"
 _Y_LABEL = "KL recovered"
