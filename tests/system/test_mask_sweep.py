@@ -79,6 +79,8 @@ def test_masks_of_every_dictionary_on_the_front_are_trained(sweep: Sweep, masks:
 
 
 def test_a_masked_dictionary_gives_the_recorded_metrics(sweep: Sweep, masks: list[Training]) -> None:
+    alone = [one for one in masks if not one.hyperparameters["joint"]]
+    of_source = {one.hyperparameters["dictionary"]: one.metrics["kl"] for one in alone}
     for training in masks:
         dictionary = load_dictionary(sweep.storage / "mask" / training.dictionary, training.dictionary_sha256)
         cache = cache_of_dictionary(sweep.storage, dictionary.config, 16)
@@ -91,6 +93,7 @@ def test_a_masked_dictionary_gives_the_recorded_metrics(sweep: Sweep, masks: lis
                 dictionary.kept_pairs.pairs,
                 dictionary.config.pair_mask.salient,
                 pool,
+                of_source[training.hyperparameters["dictionary"]] if training.hyperparameters["joint"] else None,
             )
         assert metrics == pytest.approx({name: training.metrics[name] for name in metrics}, rel=1e-5, abs=1e-7)
         # what a reader of the folder's own config sees
