@@ -46,6 +46,7 @@ MASK_BATCH, MASK_STEPS, JOINT_STEPS = 8, 400, 1600
 MASKS = (
     {"form": "sqrt", "pair_cost": 1.7e-7},
     {"form": "sqrt", "pair_cost": 1e-6},
+    {"form": "sqrt", "pair_cost": 1e-5},
     {"form": "hard_concrete", "pair_cost": 2e-7, "learning_rate": 0.1},
     {"form": "sqrt", "pair_cost": 1.4e-7, "joint": True},
 )
