@@ -29,7 +29,7 @@ from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer
-from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl
+from qkmodel.pair_mask.evaluation import evaluate_mask, mask_kl, unmasked_kl
 from qkmodel.pair_mask.hyperparameters import MaskHyperparameters
 from qkmodel.pair_mask.masked_scores import mask_gradient
 from qkmodel.pair_mask.pair_set import PairSet
@@ -152,9 +152,7 @@ def joint(bench: Bench, pool: ThreadPoolExecutor) -> dict[str, object]:
     figures: dict[str, object] = {"masks": runs}
     longer = Bench(bench.cache, FEATURES, TRAINING.tokens + EXTRA_TOKENS)
     for name, unmasked in (("kl_begun_with", bench), ("kl_unmasked_longer", longer)):
-        every = PairSet.all(unmasked.transcoder, unmasked.layer.geometry.n_heads)
-        held_out = unmasked.held_out(unmasked.transcoder)
-        figures[name] = mask_kl(unmasked.transcoder, unmasked.layer, held_out, every, pool)
+        figures[name] = unmasked_kl(unmasked.transcoder, unmasked.layer, unmasked.held_out(unmasked.transcoder))
     return figures
 
 

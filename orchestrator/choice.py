@@ -22,7 +22,7 @@ _DIGITS_OF_ID = 8
 _SIZES: dict[str, Task] = {"l0": "transcoder", "pairs": "pair_mask"}
 _RECOVERED: dict[str, Task] = {objectives.recovered: task for task, objectives in OBJECTIVES.items()}
 _RULE = re.compile(
-    r"(?P<knee>knee)"
+    r"knee"
     rf"|(?P<size>{'|'.join(_SIZES)})=(?P<most>\d{{1,9}}(?:\.\d{{1,4}})?)"
     rf"|(?P<recovered>{'|'.join(_RECOVERED)})>=(?P<share>\d(?:\.\d{{1,6}})?)"
     r"|training=(?P<training>[0-9a-zA-Z_-]+)",
@@ -51,7 +51,10 @@ class KneeRule:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """The lowest kl of those with at most so many active features per token, a tenth more allowed, or so many pairs."""
+    """The lowest kl of those with at most so many active features per token, a tenth more allowed, or so many pairs.
+
+    `named` is what the rule calls them.
+    """
 
     named: str
     most: Fraction
@@ -79,7 +82,10 @@ class SizeRule:
 
 @dataclass(frozen=True)
 class RecoveredRule:
-    """The lowest l0, or the fewest pairs, of those that recover at least this share of the baseline's KL."""
+    """The lowest l0, or the fewest pairs, of those that recover at least this share of the baseline's KL.
+
+    `named` is the metric, of one task or the other.
+    """
 
     named: str
     share: Fraction

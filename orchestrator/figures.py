@@ -27,7 +27,7 @@ _RED = "#d62728"
 # family -> matplotlib marker, plotly symbol; families beyond these share the last
 _MARKERS = {"topk": ("o", "circle"), "relu-l1": ("^", "triangle-up"), "relu-sqrt": ("s", "square")}
 _MARKERS |= {"sqrt": ("o", "circle"), "hard_concrete": ("^", "triangle-up"), "sqrt-joint": ("s", "square")}
-_MARKERS["sqrt-joint-encoders"] = ("P", "cross")
+_MARKERS |= {"sqrt-joint-encoders": ("P", "cross")}
 _OTHER_MARKER = ("D", "diamond")
 _OUTSIDE_MARKER = ("x", "x-thin-open")
 _OUTSIDE = "outside"

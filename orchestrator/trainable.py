@@ -95,8 +95,7 @@ class PackTrainable(tune.Trainable):
             if self._pack is None:
                 self._open()
             return self._train_and_report(started)
-        # of any kind: what libraries raise, Triton's compiler for one, need not be a RuntimeError
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 - Triton's compiler for one raises what is no RuntimeError
             _log.exception("pack %s", self._order.pack_id)
             reason = str(error).strip().splitlines() or ["no message"]
             return {

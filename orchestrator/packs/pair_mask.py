@@ -68,12 +68,11 @@ class MaskPack:
         def codes(transcoder: QKTranscoder) -> SplitCodes:
             return SplitCodes(transcoder, layer, inputs.cache, "validation", training.validation_sequences)
 
-        before = source.transcoder
-        unmasked = unmasked_kl(before, layer, codes(before)) if member.hyperparameters.joint else None
-        of_member = codes(member.transcoder)
-        metrics, shares = evaluate_mask(
-            member.transcoder, layer, of_member, member.kept, source.candidates.salient, pool, unmasked
+        of_source = (
+            unmasked_kl(source.transcoder, layer, codes(source.transcoder)) if member.hyperparameters.joint else None
         )
+        salient, of_member = source.candidates.salient, codes(member.transcoder)
+        metrics, shares = evaluate_mask(member.transcoder, layer, of_member, member.kept, salient, pool, of_source)
         self._shares.append(shares)
         baseline = inputs.reference.kl_baseline
         metrics |= {

@@ -36,7 +36,7 @@ def mask_kl(
 
 @torch.no_grad()
 def unmasked_kl(transcoder: QKTranscoder, layer: AttentionLayer, codes: Iterable[SequenceCodes]) -> float:
-    """The same with all pairs."""
+    """KL(p ‖ p̂) in nats with all pairs and the bias terms, mean over heads and rows."""
     kl = _MeanKL()
     for one in codes:
         kl.add(one, final_scores(score_terms(transcoder, layer, one).scores, layer))

@@ -89,7 +89,7 @@ def mask_gradient(
     found, total = np.zeros_like(mask), 0.0
     rows = sum(one.context for one in batch) * layer.geometry.n_heads
     for number, given in enumerate(batch):
-        codes = given if x is None else given.of(transcoder, x[number])
+        codes = given if x is None else given.encoded_by(transcoder, x[number])
         terms = score_terms(transcoder, layer, codes)
         kl, gradients = _sequence_gradient(terms, layer, codes, pairs, mask, found, pool)
         total += kl

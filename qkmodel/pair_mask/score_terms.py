@@ -68,9 +68,9 @@ class SequenceCodes:
         """Both sides as the compiled loops take them."""
         return (self.query.starts, self.query.features), (self.key.starts, self.key.positions)
 
-    def of(self, transcoder: QKTranscoder, x: Float[Tensor, "context d_model"]) -> Self:
+    def encoded_by(self, transcoder: QKTranscoder, x: Float[Tensor, "context d_model"]) -> Self:
         """The same sequence in the features of `transcoder`, differentiable in its encoders; `x` is its input."""
-        query, key = by_position(transcoder.query.encode(x)), by_feature(transcoder.key.encode(x))
+        query, key = _active(transcoder, x)
         return replace(self, query=query, key=key)
 
 
@@ -81,14 +81,13 @@ def sequence_codes(
     """The codes of each sequence of a batch of attention inputs."""
     scores = layer.scores(*layer.project(x))
     return [
-        SequenceCodes(
-            by_position(transcoder.query.encode(one)),
-            by_feature(transcoder.key.encode(one)),
-            true.log_softmax(-1),
-            _soft_cap_slope(true, layer),
-        )
+        SequenceCodes(*_active(transcoder, one), true.log_softmax(-1), _soft_cap_slope(true, layer))
         for one, true in zip(x, scores, strict=True)
     ]
+
+
+def _active(transcoder: QKTranscoder, x: Float[Tensor, "context d_model"]) -> tuple[ActiveFeatures, ActiveFeatures]:
+    return by_position(transcoder.query.encode(x)), by_feature(transcoder.key.encode(x))
 
 
 def _soft_cap_slope(

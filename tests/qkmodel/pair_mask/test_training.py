@@ -88,7 +88,7 @@ def test_encoders_trained_along_help_further(small, pool):
             before = transcoder.get_submodule(side).get_parameter(name)
             assert not torch.equal(whole.transcoder.get_submodule(side).get_parameter(name), before)
     with torch.no_grad():
-        codes = [one.of(whole.transcoder, x) for one, x in zip(batch.codes, batch.x, strict=True)]
+        codes = [one.encoded_by(whole.transcoder, x) for one, x in zip(batch.codes, batch.x, strict=True)]
     of_joint = mask_kl(joint.transcoder, layer, batch.codes, joint.kept, pool)
     assert mask_kl(whole.transcoder, layer, codes, whole.kept, pool) < of_joint
     assert 0 < len(whole.kept) < len(joint.kept)
