@@ -10,9 +10,10 @@ of layer 8 of a GPT-2 with random weights, which cost what real ones do, against
 
 `relu` are the paper's trainings (ReLU, sqrt penalty), `topk` TopK 16. `ratio` compares training-tokens per second with
 activations from a cache; `ratio_with_cache` adds the forward passes of one epoch, as if no other pack ever read them.
-Says how near both come in KL, on the batches trained on; which share of the measured bfloat16 matrix rate the pack's
-products reach; and where a step's time goes, by kernel. Two minutes. The last line is JSON; without a GPU
-{"device": null}.
+Says how near both come in KL, on the batches trained on; how near the step comes to what the card allows; and where
+its time goes, by kernel. What it allows is measured: the rate of a large bfloat16 product and that of a large copy.
+`share_of_matmul` counts the products alone, `share_of_roofline` also what must pass through memory at least. A minute.
+The last line is JSON; without a GPU {"device": null}.
 """
 
 import json
@@ -25,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from pattern_kl_gpu import gpt2_like_layer, peak_flops
+from pattern_kl_gpu import copy_rate, gpt2_like_layer, peak_flops
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
@@ -49,6 +50,10 @@ LOOPS = {"plain": ("highest", None), "tf32": ("high", None), "bf16": ("highest",
 # Dense products of tokens × features × d_model in a step: with TopK two choose and four are gradients of weights.
 DENSE_PRODUCTS = {"topk": 6, "relu": 10}
 PRODUCTS_PER_SCORE = 16
+# Read or written once: weights, gradients and both of Adam's moments in float32, all read and written.
+BYTES_PER_PARAMETER = 8 * 4
+# Of a token's feature: pre-activation, activation and gradient in bfloat16, each written and read.
+BYTES_PER_ACTIVATION = 6 * 2
 
 
 @dataclass(frozen=True)
@@ -145,14 +150,19 @@ def main() -> None:
         print(json.dumps({"device": None}))
         return
     world = World()
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "matmul_tflops": round(peak_flops() / 1e12, 1)}
+    flops_per_second, bytes_per_second = peak_flops(), copy_rate()
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "matmul_tflops": round(flops_per_second / 1e12, 1),
+        "copy_tb_per_second": round(bytes_per_second / 1e12, 2),
+    }
     for kind in KINDS:
-        found[kind] = measure(world, kind, found["matmul_tflops"] * 1e12)
+        found[kind] = measure(world, kind, flops_per_second, bytes_per_second)
         say(f"{kind}: {json.dumps(found[kind], indent=1)}")
     print(json.dumps(found))
 
 
-def measure(world: World, kind: str, peak: float) -> dict[str, Any]:
+def measure(world: World, kind: str, flops_per_second: float, bytes_per_second: float) -> dict[str, Any]:
     pack = PackTrainer([KINDS[kind]] * MEMBERS, world.layer, world.cache, world.reference, TRAINING, seed=0)
     pack.train(WARM_STEPS)
     engine, _ = seconds(lambda: pack.train(STEPS))
@@ -163,11 +173,15 @@ def measure(world: World, kind: str, peak: float) -> dict[str, Any]:
     # of the forward passes of an epoch, the share that falls to a step
     with_cache = step + world.forward_seconds * BATCH / SEQUENCES
     speed = MEMBERS * TOKENS / step
+    products, traffic = MEMBERS * flops(kind) / flops_per_second, MEMBERS * traffic_bytes() / bytes_per_second
     result = {
         "engine_tokens_per_second": round(speed),
         "step_ms": round(1e3 * step, 3),
         "forward_ms": round(1e3 * (with_cache - step), 3),
-        "share_of_matmul": round(MEMBERS * flops(kind) / step / peak, 3),
+        "products_at_ceiling_ms": round(1e3 * products, 3),
+        "traffic_at_ceiling_ms": round(1e3 * traffic, 3),
+        "share_of_matmul": round(products / step, 3),
+        "share_of_roofline": round((products + traffic) / step, 3),
         "memory_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
         "kl": round(pack.members[0].losses.take_means()["train_kl"], 4),
         "kernels_ms": kernels,
@@ -204,6 +218,12 @@ def flops(kind: str) -> float:
     """Products of one training's step: of its transcoders, and of the visible scores."""
     visible = BATCH * HEADS * CONTEXT * (CONTEXT + 1) / 2
     return 2.0 * (DENSE_PRODUCTS[kind] * TOKENS * FEATURES * D_MODEL + PRODUCTS_PER_SCORE * visible * D_HEAD)
+
+
+def traffic_bytes() -> int:
+    """What a step of one training moves through memory at least, however its kernels are fused."""
+    features = 2 * FEATURES
+    return BYTES_PER_PARAMETER * 2 * features * D_MODEL + BYTES_PER_ACTIVATION * TOKENS * features
 
 
 def busiest(work: Callable[[], object], steps: int) -> dict[str, float]:

@@ -147,5 +147,11 @@ def peak_flops() -> float:
     return 2.0 * PEAK_SIZE**3 / (milliseconds(lambda: a @ b) / 1e3)
 
 
+def copy_rate() -> float:
+    """Measured bytes a second, read and written ones, of a large copy on the GPU."""
+    a, b = (torch.empty(2**30, device="cuda", dtype=torch.int8) for _ in range(2))
+    return 2.0 * a.numel() / (milliseconds(lambda: b.copy_(a)) / 1e3)
+
+
 if __name__ == "__main__":
     main()
