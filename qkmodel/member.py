@@ -12,9 +12,10 @@ from qkmodel.kernels.pattern_kl_terms import TruePattern
 from qkmodel.loss_sums import LossSums
 from qkmodel.pattern_kl import pattern_kl
 from qkmodel.reference import LayerReference
+from qkmodel.sparse_code import CentredInputs
 from qkmodel.sparsity import PENALTIES, JumpReLU, jump_penalty
 from qkmodel.sparsity_control import Coefficient
-from qkmodel.transcode import CentredInputs, Side, transcode
+from qkmodel.transcode import Side, transcode
 from qkmodel.transcoder import QKTranscoder, Transcoder, initialise_qk_transcoder
 
 

@@ -8,7 +8,7 @@ GPU, where streams take their place, they only make batches.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -29,8 +29,8 @@ from qkmodel.pattern_kl import true_pattern
 from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 from qkmodel.schema import Schema
+from qkmodel.sparse_code import centred_inputs
 from qkmodel.tensor_file import read_tensor_file, write_tensor_file
-from qkmodel.transcode import CentredInputs
 
 
 def learning_rate_factor(training: TrainingConfig, progress: float) -> float:
@@ -51,10 +51,7 @@ def learning_rate_factor(training: TrainingConfig, progress: float) -> float:
 
 def shared_batch(x: torch.Tensor, layer: AttentionLayer, reference: LayerReference, dtype: torch.dtype) -> SharedBatch:
     """What members read of the inputs `x` [batch, context, d_model]; products are made in `dtype`."""
-    centred = (x - reference.mean_input).flatten(0, 1)
-    return SharedBatch(
-        CentredInputs(centred, centred.to(dtype), x.shape[1]), true_pattern(layer, *layer.project(x), dtype)
-    )
+    return SharedBatch(centred_inputs(x - reference.mean_input, dtype), true_pattern(layer, *layer.project(x), dtype))
 
 
 class PackTrainer(Lockstep):
@@ -84,25 +81,28 @@ class PackTrainer(Lockstep):
     def train(self, steps: int, may_go_on: Callable[[], bool] = lambda: True) -> None:
         """Trains every member for `steps` further steps, or until the training's end.
 
-        `may_go_on` is asked before every step; a no leaves the members whole, after their last one.
+        `may_go_on` is asked before every step, while the one before is still under way; a no leaves the members whole,
+        after their last one.
         """
         last = min(self.steps_done + steps, self.steps_planned)
         if self.steps_done == last or not may_go_on():
             return
         prepare, step = (self._prepare_on_gpu, self._step_on_gpu) if self._graphs else (self._shared_batch, self._step)
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            following = pool.submit(prepare, self.steps_done)
+            following, under_way = pool.submit(prepare, self.steps_done), []
             while self.steps_done < last:
                 batch = following.result()
                 if self._graphs:
                     batch = self._graphs.take()
-                # the next batch is made beside this one's steps
+                # the next batch is made while members step
                 if self.steps_done + 1 < last:
                     following = pool.submit(prepare, self.steps_done + 1)
-                step(batch, pool)
+                under_way = step(batch, pool, under_way)
                 self.steps_done += 1
                 if self.steps_done < last and not may_go_on():
-                    return
+                    break
+            for stepped in under_way:
+                stepped.result()
 
     def _shared_batch(self, step: int) -> SharedBatch:
         return self._share(self.cache.read(self.layer.geometry.layer, "train", self.sequences_of(step)))
@@ -116,17 +116,32 @@ class PackTrainer(Lockstep):
     def _share(self, x: Tensor) -> SharedBatch:
         return shared_batch(x, self.layer, self.reference, self.dtype)
 
-    def _step(self, batch: SharedBatch, pool: ThreadPoolExecutor) -> None:
-        for stepped in [pool.submit(member.step, batch, *self._where()) for member in self.members]:
+    def _step(self, batch: SharedBatch, pool: ThreadPoolExecutor, under_way: list[Future]) -> list[Future]:
+        """Starts a step of each member and waits for the steps before, so that no thread waits for the others'."""
+        before = under_way or [None] * len(self.members)
+        where = self._where()
+        started = [
+            pool.submit(_step_after, one, member, batch, *where)
+            for one, member in zip(before, self.members, strict=True)
+        ]
+        for stepped in under_way:
             stepped.result()
+        return started
 
-    def _step_on_gpu(self, batch: SharedBatch, _pool: ThreadPoolExecutor) -> None:
+    def _step_on_gpu(self, batch: SharedBatch, _pool: ThreadPoolExecutor, _under_way: list[Future]) -> list[Future]:
         self._graphs.step(batch, self.members, *self._where())
+        return []
 
     def _where(self) -> tuple[float, float]:
         """The learning rate's factor and the share of the training that is done, of the next step."""
         progress = self.steps_done / self.steps_planned
         return learning_rate_factor(self.training, progress), progress
+
+
+def _step_after(before: Future | None, member: Member, batch: SharedBatch, factor: float, progress: float) -> None:
+    if before is not None:
+        before.result()
+    member.step(batch, factor, progress)
 
 
 class CheckpointHeader(Schema):

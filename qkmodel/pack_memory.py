@@ -13,7 +13,8 @@ from qkmodel.kernels.pattern_kl_cpu import blocks_of
 from qkmodel.model_description import ModelDescription
 from qkmodel.pack_graphs import STREAMS
 from qkmodel.pattern_comparison import EVALUATION_BATCH
-from qkmodel.transcode import MOST_ON_GPU, SPARSE_SHARE
+from qkmodel.sparse_code import SPARSE_SHARE
+from qkmodel.transcode import MOST_ON_GPU
 
 # For each weight: itself and two moments of the optimiser in float32, and a sixth for what the allocator cannot reuse.
 LASTING_BYTES = 14
@@ -27,8 +28,8 @@ DENSE_BYTES, SPARSE_BYTES = 36, {"cpu": 2, "cuda": 12}
 CANDIDATE_BYTES, MASKED_BYTES = 40, 32
 # On a GPU, in evaluation: for each score of a sequence, and for each feature of an evaluation's tokens, in float32.
 COMPARED_BYTES, INFERRED_BYTES = 80, 12
-# A batch in use, the next one, and what making it takes.
-BATCHES = 3
+# Two batches in use, the next one, and what making it takes.
+BATCHES = 4
 # What a process takes before its first pack, Ray's worker included; and machine code and buffers from then on.
 LIBRARIES_BYTES = 700_000_000
 RUNNING_BYTES = 185_000_000

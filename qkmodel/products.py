@@ -19,6 +19,12 @@ def product_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
 
+def multiplies_int8(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products that only choose are made in int8, where others are in `dtype`: twice as fast as bfloat16."""
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" and dtype == torch.bfloat16 else {}
+    return bool(cpu.get("avx512_vnni") or cpu.get("amx_int8"))
+
+
 def forward_products(stored: Literal["bfloat16", "float32"]) -> Literal["bfloat16", "float32"]:
     """The element type of the model's own matrix products when its activations are stored as `stored`.
 

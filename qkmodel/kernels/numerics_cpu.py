@@ -1,4 +1,4 @@
-"""Scalars inside compiled CPU loops: bfloat16 as the upper half of a float32, and an exponential that vectorises.
+"""Scalars inside compiled CPU loops: bfloat16 as the upper half of a float32; maximum and exponential that vectorise.
 
 NumPy has no bfloat16, so kernels see such tensors as int16. `number` and `store` let one kernel serve arrays of
 bfloat16 (int16), float32 and float64; Numba compiles the body that fits an array's type.
@@ -34,6 +34,19 @@ def _float_of(typing_context, bits):
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def larger(typing_context, a, b):
+    """max(a, b) of two floats that are numbers. A loop over Python's own `max` is not vectorised."""
+
+    def generate(context, builder, signature, arguments):
+        kind = arguments[0].type
+        return builder.call(
+            builder.module.declare_intrinsic("llvm.maxnum", [kind], ir.FunctionType(kind, [kind, kind])), arguments
+        )
+
+    return a(a, a), generate
 
 
 def number(stored):

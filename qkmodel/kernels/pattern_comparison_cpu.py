@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from qkmodel.kernels.machine_code import inlined, kernel
-from qkmodel.kernels.numerics_cpu import as_array, exponential
+from qkmodel.kernels.numerics_cpu import as_array, exponential, larger
 from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_cpu import (
     TruePattern,
@@ -127,7 +127,7 @@ def _row_kl(delta, first_hat, scores):
 def _maximum(values):
     largest = values.dtype.type(-np.inf)
     for j in range(values.size):
-        largest = max(largest, values[j])
+        largest = larger(largest, values[j])
     return largest
 
 
@@ -153,7 +153,7 @@ def _same_largest(delta, log_truth):
     largest = _maximum(log_truth)
     largest_hat = delta.dtype.type(-np.inf)
     for j in range(delta.size):
-        largest_hat = max(largest_hat, log_truth[j] + delta[j])
+        largest_hat = larger(largest_hat, log_truth[j] + delta[j])
     best = 0
     while log_truth[best] != largest:
         best += 1
@@ -166,5 +166,5 @@ def _largest_error(weights, scale, weights_hat, scale_hat):
     scale, scale_hat = weights.dtype.type(scale), weights.dtype.type(scale_hat)
     error = weights.dtype.type(0.0)
     for j in range(weights.size):
-        error = max(error, abs(scale * weights[j] - scale_hat * weights_hat[j]))
+        error = larger(error, abs(scale * weights[j] - scale_hat * weights_hat[j]))
     return error

@@ -25,11 +25,12 @@ def prepare(
     In the element type of `true_product`; the difference is taken before rounding.
     """
     difference = torch.empty_like(true_product)
-    both = torch.stack((difference, true_product), dim=2)
+    both = difference.new_empty(*difference.shape[:2], 2, difference.shape[2])
     cos, sin = _tables(layer, y)
     _rotate_in(
         as_array(y.flatten(0, 2)),
         as_array(true.flatten(0, 1)),
+        as_array(true_product.flatten(0, 1)),
         cos,
         sin,
         layer.geometry.rotary_interleaved,
@@ -68,7 +69,7 @@ def _tables(layer: AttentionLayer, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 @kernel
-def _rotate_in(y, true, cos, sin, interleaved, scale, sizes, difference, both):
+def _rotate_in(y, true, true_product, cos, sin, interleaved, scale, sizes, difference, both):
     context, heads, kv_heads = sizes
     group, d_head, half = heads // kv_heads, y.shape[1], cos.shape[1]
     scale = y.dtype.type(scale)
@@ -87,6 +88,9 @@ def _rotate_in(y, true, cos, sin, interleaved, scale, sizes, difference, both):
             turned[i] = y[source, i] * scale
         for i in range(d_head):
             store(both, 2 * target, i, turned[i])
+        for i in range(d_head):
+            both[2 * target + 1, i] = true_product[target, i]
+        for i in range(d_head):
             store(difference, target, i, turned[i] - true[target, i])
 
 

@@ -1,170 +1,125 @@
 """Sparse transcoders on a CPU: once a few features per token are chosen, nothing else is touched again.
 
-Pre-activations come as a dense product, in float32 or bfloat16, and only choose the features; the activations of
-the chosen ones are computed anew in float32. Positive floats are ordered as their bits are, so choosing compares
-integers: `bits` is a float tensor seen as int16 (bfloat16) or int32 (float32).
-
-A `code` is (starts, features, values): token t activates `features[starts[t]:starts[t + 1]]`, in no order.
+The activations of the chosen ones are computed anew in float32, whatever they were chosen by. A `code` is (starts,
+features, values): token t activates `features[starts[t]:starts[t + 1]]`.
 """
 
 import numpy as np
 
 from qkmodel.kernels.machine_code import inlined, kernel
-
-
-@kernel
-def choose_largest(bits, k, starts, features):
-    """The k largest positive pre-activations of each token, the first of equal ones.
-
-    Fills `starts` [tokens + 1] and `features` [tokens · k]; a token with fewer positive ones keeps those.
-    """
-    starts[0] = 0
-    for token in range(bits.shape[0]):
-        row = bits[token : token + 1]
-        threshold = _kth_largest(row, k, 0)
-        spare = k - _count_from(row, threshold + bits.dtype.type(1), 0)
-        starts[token + 1], _ = _keep(bits[token], threshold, spare, starts[token], features)
-
-
-@kernel
-def choose_largest_of_batch(bits, context, budget, starts, features):
-    """The `budget` largest positive pre-activations of all tokens but those at position 0, the first of equal ones.
-
-    Position 0 keeps what is as large as the smallest of them, which is returned, as bits: 1 if fewer are positive.
-    `features` has room for the budget and for every feature of every position 0.
-    """
-    starts[0] = 0
-    threshold = _kth_largest(bits, budget, context)
-    spare = budget - _count_from(bits, threshold + bits.dtype.type(1), context)
-    for token in range(bits.shape[0]):
-        if token % context == 0:
-            starts[token + 1], _ = _keep(bits[token], threshold, bits.shape[1], starts[token], features)
-        else:
-            starts[token + 1], spare = _keep(bits[token], threshold, spare, starts[token], features)
-    return threshold
-
-
-@kernel
-def count_positive(bits):
-    """How many pre-activations are positive."""
-    return _count_from(bits, bits.dtype.type(1), 0)
-
-
-@kernel
-def choose_positive(bits, starts, features):
-    """All positive pre-activations of each token; fills `starts` [tokens + 1] and `features` [their count]."""
-    starts[0] = 0
-    for token in range(bits.shape[0]):
-        starts[token + 1], _ = _keep(bits[token], bits.dtype.type(1), bits.shape[1], starts[token], features)
-
-
-@inlined
-def _keep(bits, threshold, spare, place, features):
-    """Writes the features above `threshold`, and at most `spare` equal to it, from `place` on.
-
-    Returns the place after the last of them and how many equal ones may still follow.
-    """
-    for j in range(bits.size):
-        if bits[j] >= threshold:
-            if bits[j] == threshold:
-                if spare <= 0:
-                    continue
-                spare -= 1
-            features[place] = j
-            place += 1
-    return place, spare
-
-
-@inlined
-def _kth_largest(bits, k, context):
-    """The k-th largest element, or 1 if fewer are positive: by halving the interval that it lies in."""
-    low, high = np.int64(1), np.int64(np.iinfo(bits.dtype).max)
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        if _count_from(bits, bits.dtype.type(middle), context) >= k:
-            low = middle
-        else:
-            high = middle - 1
-    return bits.dtype.type(low)
-
-
-@inlined
-def _count_from(bits, threshold, context):
-    """Elements from `threshold` on, without those of every `context`-th row (context 0: of all rows)."""
-    total = 0
-    for token in range(bits.shape[0]):
-        if context > 0 and token % context == 0:
-            continue
-        count = np.int32(0)
-        for j in range(bits.shape[1]):
-            count += np.int32(bits[token, j] >= threshold)
-        total += count
-    return total
+from qkmodel.kernels.numerics_cpu import number
 
 
 @kernel
 def encode_chosen(x, w_enc, b_enc, starts, features, values):
     """Activations max(w_i·x + b_i, 0) of the chosen features."""
+    nothing = b_enc.dtype.type(0.0)
     for token in range(x.shape[0]):
-        for place in range(starts[token], starts[token + 1]):
-            i = features[place]
-            pre = b_enc[i]
-            for d in range(x.shape[1]):
-                pre += x[token, d] * w_enc[i, d]
-            values[place] = max(pre, b_enc.dtype.type(0.0))
-
-
-@kernel
-def keep_largest(k, starts, values):
-    """Sets all but the k largest values of each token to 0, the last of equal ones first."""
-    for token in range(len(starts) - 1):
-        first, last = starts[token], starts[token + 1]
-        if last - first <= k:
-            continue
-        threshold = np.sort(values[first:last])[last - first - k]
-        spare = k
-        for place in range(first, last):
-            spare -= values[place] > threshold
-        for place in range(first, last):
-            if values[place] == threshold and spare > 0:
-                spare -= 1
-            elif values[place] <= threshold:
-                values[place] = 0.0
+        row = x[token]
+        for place in range(starts[token], starts[token + 1], 4):
+            m, n, o, p = _four(place, starts[token + 1])
+            w_m, w_n, w_o, w_p = w_enc[features[m]], w_enc[features[n]], w_enc[features[o]], w_enc[features[p]]
+            pre_m, pre_n, pre_o, pre_p = nothing, nothing, nothing, nothing
+            for d in range(row.size):
+                pre_m += row[d] * w_m[d]
+                pre_n += row[d] * w_n[d]
+                pre_o += row[d] * w_o[d]
+                pre_p += row[d] * w_p[d]
+            values[m] = max(pre_m + b_enc[features[m]], nothing)
+            values[n] = max(pre_n + b_enc[features[n]], nothing)
+            values[o] = max(pre_o + b_enc[features[o]], nothing)
+            values[p] = max(pre_p + b_enc[features[p]], nothing)
 
 
 @kernel
 def decode_chosen(starts, features, values, w_dec, b_out, y):
     """y = Σ f_i w_dec_i + b_out."""
     for token in range(y.shape[0]):
-        for o in range(y.shape[1]):
-            y[token, o] = b_out[o]
-        for place in range(starts[token], starts[token + 1]):
-            i, f = features[place], values[place]
-            for o in range(y.shape[1]):
-                y[token, o] += f * w_dec[i, o]
+        row = y[token]
+        for d in range(row.size):
+            row[d] = b_out[d]
+        for place in range(starts[token], starts[token + 1], 4):
+            m, n, o, p = _four(place, starts[token + 1])
+            w_m, w_n, w_o, w_p = w_dec[features[m]], w_dec[features[n]], w_dec[features[o]], w_dec[features[p]]
+            f_m, f_n, f_o, f_p = _each_once(values, m, n, o, p)
+            for d in range(row.size):
+                row[d] += f_m * w_m[d] + f_n * w_n[d] + f_o * w_o[d] + f_p * w_p[d]
 
 
 @kernel
-def add_gradients(x, starts, features, values, w_dec, dy, d_values, g_w_enc, g_b_enc, g_w_dec, g_b_out):
-    """Adds the gradients of encoder and decoder, given those of the decoder's output and of the values themselves.
+def gradients(x, starts, features, values, w_dec, dy, d_values, g_w_enc, g_b_enc, g_w_dec):
+    """Gradients of encoder and decoder, given those of the decoder's output and of the values themselves.
 
-    `d_values` may be empty: the values then have none of their own.
+    `x` and `dy` may be bfloat16. `d_values` may be empty: the values then have none of their own. Goes feature by
+    feature, so that a feature's gradients stay in the core's cache until they are whole.
     """
-    for token in range(x.shape[0]):
-        for o in range(dy.shape[1]):
-            g_b_out[o] += dy[token, o]
+    nothing = w_dec.dtype.type(0.0)
+    first, places, tokens = _by_feature(starts, features, w_dec.shape[0])
+    f, df = values[places], np.zeros(places.size, w_dec.dtype)
+    if d_values.size > 0:
+        df[:] = d_values[places]
+    for i in range(w_dec.shape[0]):
+        w, g_enc, g_dec = w_dec[i], g_w_enc[i], g_w_dec[i]
+        g_b_enc[i], g_enc[:], g_dec[:] = nothing, nothing, nothing
+        for place in range(first[i], first[i + 1], 4):
+            m, n, o, p = _four(place, first[i + 1])
+            dy_m, dy_n, dy_o, dy_p = dy[tokens[m]], dy[tokens[n]], dy[tokens[o]], dy[tokens[p]]
+            f_m, f_n, f_o, f_p = _each_once(f, m, n, o, p)
+            df_m, df_n, df_o, df_p = df[m], df[n], df[o], df[p]
+            for d in range(w.size):
+                df_m += number(dy_m[d]) * w[d]
+                df_n += number(dy_n[d]) * w[d]
+                df_o += number(dy_o[d]) * w[d]
+                df_p += number(dy_p[d]) * w[d]
+            for d in range(w.size):
+                g_dec[d] += (
+                    f_m * number(dy_m[d]) + f_n * number(dy_n[d]) + f_o * number(dy_o[d]) + f_p * number(dy_p[d])
+                )
+            df_m, df_n = df_m if f_m > 0 else nothing, df_n if f_n > 0 else nothing
+            df_o, df_p = df_o if f_o > 0 else nothing, df_p if f_p > 0 else nothing
+            x_m, x_n, x_o, x_p = x[tokens[m]], x[tokens[n]], x[tokens[o]], x[tokens[p]]
+            for d in range(g_enc.size):
+                g_enc[d] += (
+                    df_m * number(x_m[d]) + df_n * number(x_n[d]) + df_o * number(x_o[d]) + df_p * number(x_p[d])
+                )
+            g_b_enc[i] += df_m + df_n + df_o + df_p
+
+
+@inlined
+def _four(place, end):
+    """Four places, taken at once so that memory is waited for once; the last comes again where fewer are left."""
+    last = end - 1
+    return place, min(place + 1, last), min(place + 2, last), min(place + 3, last)
+
+
+@inlined
+def _each_once(values, m, n, o, p):
+    """The values at four places, 0 where a place comes again."""
+    nothing = values.dtype.type(0.0)
+    return (
+        values[m],
+        values[n] if n > m else nothing,
+        values[o] if o > n else nothing,
+        values[p] if p > o else nothing,
+    )
+
+
+@inlined
+def _by_feature(starts, features, count):
+    """The code in the order of features: `first` [count + 1], and for each activation its place and its token."""
+    first = np.zeros(count + 1, np.int64)
+    for place in range(features.size):
+        first[features[place] + 1] += 1
+    for i in range(count):
+        first[i + 1] += first[i]
+    places, tokens = np.empty(features.size, np.int64), np.empty(features.size, np.int64)
+    following = first[:-1].copy()
+    for token in range(len(starts) - 1):
         for place in range(starts[token], starts[token + 1]):
-            i, f = features[place], values[place]
-            if f == 0:
-                continue
-            df = d_values[place] if d_values.size > 0 else g_b_enc.dtype.type(0.0)
-            for o in range(dy.shape[1]):
-                df += dy[token, o] * w_dec[i, o]
-            for o in range(dy.shape[1]):
-                g_w_dec[i, o] += f * dy[token, o]
-            g_b_enc[i] += df
-            for d in range(x.shape[1]):
-                g_w_enc[i, d] += df * x[token, d]
+            n = following[features[place]]
+            following[features[place]] += 1
+            places[n], tokens[n] = place, token
+    return first, places, tokens
 
 
 @kernel

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qkmodel.kernels import sparse_cpu
+from qkmodel.kernels import choice_cpu
 from qkmodel.kernels.sparse_triton import Chosen, SparseTopK, choose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +21,7 @@ SHAPES = [(64, 4, 16, 16), (50, 3, 24, 20), (1030, 16, 33, 65), (20, 1, 8, 8)]
 def chosen_by_cpu(pre: Tensor, k: int) -> list[list[int]]:
     bits = pre.view(torch.int16 if pre.dtype == torch.bfloat16 else torch.int32).cpu().numpy()
     starts, features = np.empty(len(bits) + 1, np.int64), np.empty(len(bits) * k, np.int32)
-    sparse_cpu.choose_largest(bits, k, starts, features)
+    choice_cpu.choose_largest(bits, k, starts, features)
     return [features[first:last].tolist() for first, last in pairwise(starts)]
 
 

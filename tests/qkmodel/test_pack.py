@@ -12,7 +12,8 @@ from qkmodel.data_order import batch_sequences, sequences_per_epoch
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer, learning_rate_factor, load_checkpoint, read_checkpoint_header, save_checkpoint
-from qkmodel.transcode import CentredInputs, Code, Side
+from qkmodel.sparse_code import CentredInputs, Code
+from qkmodel.transcode import Side
 from qkmodel.transcoder import Transcoder
 from tests.qkmodel.members import MEMBERS, NAMES
 from tests.qkmodel.world import SmallWorld
@@ -56,7 +57,7 @@ def test_a_relu_that_turns_to_the_sparse_way_is_exact_across_the_change(
     transcode_sparsely = qkmodel.transcode._transcode_sparsely
     monkeypatch.setattr("qkmodel.transcode._transcode_sparsely", counted)
     # so that this small dictionary changes over within ten steps
-    monkeypatch.setattr("qkmodel.transcode.SPARSE_SHARE", 0.4)
+    monkeypatch.setattr("qkmodel.sparse_code.SPARSE_SHARE", 0.4)
     sparse = Hyperparameters(
         dictionary_size=64, activation="relu", penalty="sqrt", sparsity_coefficient=3, learning_rate=0.1
     )
