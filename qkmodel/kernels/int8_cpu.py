@@ -29,7 +29,7 @@ def round_rows(rows: Float[Tensor, "rows width"]) -> RoundedRows:
 
 
 def products(a: RoundedRows, b: RoundedRows) -> Int32[Tensor, "rows_a rows_b"]:
-    """a · bᵀ without the scales, exact."""
+    """a · bᵀ without the scales, exact, of rows wider than 1 (of such torch 2.13 reads other memory)."""
     return torch._int_mm(a.numbers, b.numbers.mT)
 
 

@@ -1,4 +1,4 @@
-"""The pattern loss on a CPU: blocks of query rows whose scores stay in a core's cache.
+"""The pattern loss on a CPU: blocks of query rows, of which no score outlives the block.
 
 With Δq = q̂ − q and Δk = k̂ − k the scores of the three terms are the true ones plus
 
@@ -107,7 +107,7 @@ def pattern_kl_gradients(q_hat: Queries, k_hat: Keys, true: TruePattern) -> tupl
 
 
 def pair_chunks(block: TrueBlock, pairs: int) -> list[slice]:
-    """Pairs whose scores in this block are handled together, so that they stay in a core's cache."""
+    """Pairs whose scores in this block are handled together: so many that Python's share of the time is small."""
     size = max(1, BLOCK_SCORES // block.p[0].numel())
     return [slice(start, start + size) for start in range(0, pairs, size)]
 
