@@ -19,6 +19,8 @@ from qkmodel.products import column_sums, product
 
 # Rows of weights that a program takes in at a time. Rows of over 4,096 numbers spill registers, and are slow.
 STEP = 4
+# Features whose largest stands for all of them: few enough that two of the chosen seldom meet in one.
+GROUP = 4
 
 
 class Chosen(NamedTuple):
@@ -35,8 +37,8 @@ def choose(pre: Float[Tensor, "tokens features"], k: int) -> Chosen:
     bits, near = (pre.view(torch.int16), 511) if pre.dtype == torch.bfloat16 else (pre.view(torch.int32), 511 << 16)
     features, counts = pre.new_empty(tokens, k, dtype=torch.int32), pre.new_empty(tokens, dtype=torch.int32)
     cursors = torch.zeros_like(counts)
-    row = triton.next_power_of_2(width)
-    options = {"K": k, "NEAR": near, "ROW": row, "num_warps": warps_of(row)}
+    row = max(GROUP, triton.next_power_of_2(width))
+    options = {"K": k, "NEAR": near, "GROUP": GROUP, "ROW": row, "num_warps": warps_of(row)}
     choose_largest[(tokens,)](bits, features, counts, cursors, width, **options)
     return Chosen(features, counts)
 

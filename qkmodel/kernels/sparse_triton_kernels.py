@@ -11,32 +11,43 @@ import triton.language as tl
 @triton.jit
 def choose_largest(
     bits, features, counts, cursors, width,
-    K: tl.constexpr, NEAR: tl.constexpr, ROW: tl.constexpr,
+    K: tl.constexpr, NEAR: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Features of the K largest positive pre-activations, in any order, the first of equal ones; how many they are.
 
-    `cursors` are zeros. The K-th largest is found by halving the interval it lies in, which is most likely the `NEAR`
-    numbers under the largest.
+    `cursors` are zeros. The K-th largest is found by halving the interval it lies in: first that of the maxima of small
+    groups, most likely among the `NEAR` numbers under the largest, which most often is that of all features.
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, ROW)
     row = tl.load(bits + token * width + columns, mask=columns < width, other=0).to(tl.int32)
-    high = tl.max(row, 0)
-    near = tl.maximum(high - NEAR, 1)
-    is_near = tl.sum((row >= near).to(tl.int32), 0) >= K
+    maxima = tl.max(tl.reshape(row, [ROW // GROUP, GROUP]), 1)
+    largest = tl.max(maxima, 0)
+    near = tl.maximum(largest - NEAR, 1)
+    is_near = tl.sum((maxima >= near).to(tl.int32), 0) >= K
     low = tl.where(is_near, near, 1)
-    high = tl.where(is_near, high, near - 1)
+    high = tl.where(is_near, largest, near - 1)
     while low < high:
         middle = low + (high - low + 1) // 2
-        enough = tl.sum((row >= middle).to(tl.int32), 0) >= K
+        enough = tl.sum((maxima >= middle).to(tl.int32), 0) >= K
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
+    from_low = tl.sum((row >= low).to(tl.int32), 0)
+    high = largest
+    while (low < high) & (from_low > K):
+        middle = low + (high - low + 1) // 2
+        found = tl.sum((row >= middle).to(tl.int32), 0)
+        low = tl.where(found >= K, middle, low)
+        from_low = tl.where(found >= K, found, from_low)
+        high = tl.where(found >= K, high, middle - 1)
+    # where no more than K are that large, none is left over to be sought one by one
+    low = tl.where(from_low <= K, low - 1, low)
     above, equal = row > low, row == low
-    larger, same = tl.sum(above.to(tl.int32), 0), tl.sum(equal.to(tl.int32), 0)
+    larger = tl.sum(above.to(tl.int32), 0)
     # a scan would give places in order, and take as long as all of the halving
     places = tl.atomic_add(cursors + token + tl.zeros([ROW], tl.int32), 1, mask=above, sem="relaxed")
     tl.store(features + token * K + places, columns, mask=above)
-    count = tl.minimum(larger + same, K)
+    count = tl.minimum(from_low, K)
     last = tl.full([], -1, tl.int32)
     for place in range(larger, count):
         last = tl.min(tl.where(equal & (columns > last), columns, ROW), 0)
