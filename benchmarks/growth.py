@@ -1,28 +1,31 @@
-"""How the cost of a step grows with dictionary size, context and members of a pack.
+"""How the cost of a step grows with dictionary size, context, members of a pack, threads and tokens of a step.
 
-Times steps of TopK 16 trainings on random inputs with SmolLM2's shapes (9 query heads, 3 key heads, d_head 64,
-d_model 576), 1,024 tokens a step, on one thread, each point in a process of its own, whose peak memory above that of
-an idle one is taken. Three minutes. The last line of standard output is JSON:
+Times steps of packs of TopK 16 trainings on random inputs with SmolLM2's shapes (9 query heads, 3 key heads, d_head 64,
+d_model 576), 1,024 tokens a step and one thread where nothing else is said (of threads 8 members, of tokens 8 members
+on 2 threads), each point in a process of its own, whose peak memory above that of an idle one is taken. Three minutes.
+The last line of standard output is JSON:
 
     {"dictionary_size": {"512": {"ms_per_member_step": …, "tokens_per_second": …, "peak_mb": …}, …}, "context": …, …}
 """
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.hyperparameters import Hyperparameters
-from qkmodel.member import Member
-from qkmodel.pack import shared_batch
+from qkmodel.pack import PackTrainer
 from qkmodel.pack_memory import LIBRARIES_BYTES, pack_bytes
-from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 
 TOKENS, STEPS = 1024, 6
@@ -30,7 +33,28 @@ POINTS = {
     "dictionary_size": [512, 1024, 2048, 4096, 8192, 16384],
     "context": [64, 128, 256, 512, 1024],
     "members": [1, 2, 4, 8, 16, 32],
+    "threads": [1, 2, 4, 8],
+    "tokens": [1024, 2048, 4096],
 }
+BESIDE = {"threads": {"members": 8}, "tokens": {"members": 8, "threads": 2}}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Random inputs of the layer in memory, where a trainer expects an activation cache."""
+
+    x: Tensor
+
+    @property
+    def context(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def train_sequences_available(self) -> int:
+        return len(self.x)
+
+    def read(self, _layer: int, _split: str, indices: Iterable[int]) -> Tensor:
+        return self.x[torch.as_tensor(list(indices))]
 
 
 def main() -> None:
@@ -45,9 +69,10 @@ def main() -> None:
     for name, values in POINTS.items():
         found[name] = {}
         for value in values:
-            figures = point(**{name: value})
+            setting = {name: value} | BESIDE.get(name, {})
+            figures = point(**setting)
             figures["peak_mb"] = round(figures["peak_mb"] - idle, 1)
-            figures["predicted_mb"] = predicted_mb(**{name: value})
+            figures["predicted_mb"] = predicted_mb(**setting)
             found[name][str(value)] = figures
             print(f"{name} {value}: {figures}", flush=True)
     print(json.dumps(found))
@@ -58,32 +83,38 @@ def point(**setting: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def measure(dictionary_size: int = 1024, context: int = 128, members: int = 1) -> dict[str, float]:
+def measure(
+    dictionary_size: int = 1024, context: int = 128, members: int = 1, threads: int = 1, tokens: int = TOKENS
+) -> dict[str, float]:
     """Milliseconds of a member's step, its share of the batch's true side included, and this process's peak memory."""
     torch.set_num_threads(1)
     layer, reference = small_layer()
-    training = TrainingConfig(tokens=10**6, batch_sequences=TOKENS // context)
-    pack = [Member(training_of(dictionary_size), layer, reference, training) for _ in range(members)]
-    x = torch.randn(TOKENS // context, context, layer.geometry.d_model, generator=torch.Generator().manual_seed(0))
-    seconds = []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        batch = shared_batch(x, layer, reference, product_dtype("auto", x.device))
-        for member in pack:
-            member.step(batch, 1.0, 0.0)
-        seconds.append(time.perf_counter() - started)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    batch = tokens // context
+    training = TrainingConfig(tokens=10**6, batch_sequences=batch)
+    generator = torch.Generator().manual_seed(0)
+    activations = Activations(torch.randn(2 * batch, context, layer.geometry.d_model, generator=generator))
     if members == 0:
-        return {"peak_mb": peak_mb}
-    step = sorted(seconds[1:])[len(seconds) // 2 - 1] / members
-    return {"ms_per_member_step": round(1e3 * step, 2), "tokens_per_second": round(TOKENS / step), "peak_mb": peak_mb}
+        return {"peak_mb": peak_mb()}
+    pack = PackTrainer([training_of(dictionary_size)] * members, layer, activations, reference, training, 0, threads)
+    pack.train(1)
+    started = time.perf_counter()
+    pack.train(STEPS)
+    step = (time.perf_counter() - started) / STEPS / members
+    return {"ms_per_member_step": round(1e3 * step, 2), "tokens_per_second": round(tokens / step), "peak_mb": peak_mb()}
 
 
-def predicted_mb(dictionary_size: int = 1024, context: int = 128, members: int = 1) -> float:
+def peak_mb() -> float:
+    # ru_maxrss would be the peak of the process that started this one, where that is larger
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+
+
+def predicted_mb(
+    dictionary_size: int = 1024, context: int = 128, members: int = 1, threads: int = 1, tokens: int = TOKENS
+) -> float:
     """What `pack: auto` reckons with, without the idle process."""
     pack = [training_of(dictionary_size)] * members
     layer, _ = small_layer()
-    return round((pack_bytes(pack, layer.geometry, TOKENS // context, context, 1) - LIBRARIES_BYTES) / 1e6, 1)
+    return round((pack_bytes(pack, layer.geometry, tokens // context, context, threads) - LIBRARIES_BYTES) / 1e6, 1)
 
 
 def training_of(dictionary_size: int) -> Hyperparameters:

@@ -82,7 +82,7 @@ class PackTrainer(Lockstep):
         """Trains every member for `steps` further steps, or until the training's end.
 
         `may_go_on` is asked before every step, while the one before is still under way; a no leaves the members whole,
-        after their last one.
+        after their last one. Raises what a member's step raises; members may then be a step apart, and of no use.
         """
         last = min(self.steps_done + steps, self.steps_planned)
         if self.steps_done == last or not may_go_on():
@@ -117,7 +117,7 @@ class PackTrainer(Lockstep):
         return shared_batch(x, self.layer, self.reference, self.dtype)
 
     def _step(self, batch: SharedBatch, pool: ThreadPoolExecutor, under_way: list[Future]) -> list[Future]:
-        """Starts a step of each member and waits for the steps before, so that no thread waits for the others'."""
+        """Starts a step of each member, then waits for the steps before: members may be one step apart."""
         before = under_way or [None] * len(self.members)
         where = self._where()
         started = [

@@ -9,7 +9,7 @@ from typing import Literal
 
 from qkmodel.attention import AttentionGeometry
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
-from qkmodel.kernels.pattern_kl_cpu import blocks_of
+from qkmodel.kernels.pattern_kl_cpu import BLOCK_SCORES, blocks_of
 from qkmodel.model_description import ModelDescription
 from qkmodel.pack_graphs import STREAMS
 from qkmodel.pattern_comparison import EVALUATION_BATCH
@@ -29,10 +29,12 @@ CANDIDATE_BYTES, MASKED_BYTES = 40, 32
 # On a GPU, in evaluation: for each score of a sequence, and for each feature of an evaluation's tokens, in float32.
 COMPARED_BYTES, INFERRED_BYTES = 80, 12
 # Two batches in use, the next one, and what making it takes.
-BATCHES = 4
+BATCHES = 6
+# On a CPU, while a member steps: seven blocks of scores of the loss, in float32.
+LOSS_BYTES = 7 * 4 * BLOCK_SCORES
 # What a process takes before its first pack, Ray's worker included; and machine code and buffers from then on.
 LIBRARIES_BYTES = 700_000_000
-RUNNING_BYTES = 185_000_000
+RUNNING_BYTES = 210_000_000
 # In a forward pass of the model: for each entry of the residual stream, and for each attention score of the layer that
 # is at work (as multiplied, scaled, masked, normalised).
 HIDDEN_BYTES, SCORE_BYTES = 40, 16
@@ -154,7 +156,7 @@ def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: in
             total += pre_activations
         # outputs, their rotated differences and gradients
         total += 4 * tokens * width * 6
-    return total + max(gradients, chosen_from)
+    return total + max(gradients, chosen_from) + (LOSS_BYTES if device == "cpu" else 0)
 
 
 def _evaluation_bytes(member: Hyperparameters, geometry: AttentionGeometry, context: int) -> int:
@@ -164,9 +166,9 @@ def _evaluation_bytes(member: Hyperparameters, geometry: AttentionGeometry, cont
 
 
 def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:
-    """A batch's inputs (as they are and rounded), true queries and keys likewise, and the true pattern."""
+    """A batch's inputs (as they are and rounded, twice), true queries and keys likewise, and the true pattern."""
     widths = geometry.d_model + (geometry.n_heads + geometry.n_kv_heads) * geometry.d_head
-    return 6 * batch * context * widths + _pattern_bytes(geometry, batch, context, device)
+    return 7 * batch * context * widths + _pattern_bytes(geometry, batch, context, device)
 
 
 def _pattern_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:

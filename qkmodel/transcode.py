@@ -126,6 +126,7 @@ class _SparseTranscoder(torch.autograd.Function):
         g_w_enc, g_b_enc = torch.empty(len(w_dec), rounded.shape[1]), torch.empty(len(w_dec))
         g_w_dec = torch.empty_like(w_dec)
         code = ctx.code
+        # inputs and dy as a dense product would take them, which halves what is read
         gradients(
             as_array(rounded),
             code.starts,

@@ -11,6 +11,8 @@ from qkmodel.kernels.machine_code import kernel
 from qkmodel.kernels.numerics_cpu import as_array, larger
 
 LARGEST = 127
+# A row without a larger entry is rounded to zeros.
+SMALLEST = 1e-36
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def _round(rows, numbers, scales):
         for j in range(rows.shape[1]):
             largest = larger(largest, abs(rows[row, j]))
         scales[row] = largest / np.float32(LARGEST)
-        steps = np.float32(LARGEST) / largest if largest > 0 else np.float32(0.0)
+        # of smaller numbers the quotient would be infinite
+        steps = np.float32(LARGEST) / largest if largest > np.float32(SMALLEST) else np.float32(0.0)
         for j in range(rows.shape[1]):
             numbers[row, j] = np.int8(np.int32(np.floor(rows[row, j] * steps + np.float32(0.5))))

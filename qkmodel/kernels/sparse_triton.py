@@ -1,4 +1,4 @@
-"""TopK transcoders on a GPU: what `sparse_cpu` does, with what a GPU is good at left dense.
+"""TopK transcoders on a GPU: what `choice_cpu` and `sparse_cpu` do, with what a GPU is good at left dense.
 
 Pre-activations are a dense product in the products' element type that only chooses; activations of the chosen are
 computed anew in float32 and decoded row by row, and so are their gradients. The gradients of the weights are dense

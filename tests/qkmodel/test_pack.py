@@ -1,5 +1,8 @@
 """A packed training equals the same training alone, and a continued one the uninterrupted, bit for bit."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import batch_sequences, sequences_per_epoch
 from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.member import SharedBatch
 from qkmodel.pack import PackTrainer, learning_rate_factor, load_checkpoint, read_checkpoint_header, save_checkpoint
 from qkmodel.sparse_code import CentredInputs, Code
 from qkmodel.transcode import Side
@@ -194,3 +198,45 @@ def test_clipping_bounds_the_gradient_that_the_optimiser_sees(world: SmallWorld)
     # after one step Adam's first moment is a tenth of the gradient
     moments = [state["exp_avg"] for state in pack.members[0].optimiser.state.values()]
     assert 10 * torch.cat([one.flatten() for one in moments]).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+class Steps:
+    """In place of a member: notes its steps, and fails in one of them if told to."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.fails_at = fails_at
+        self.batches: list[int] = []
+        self.is_stepping = threading.Lock()
+
+    def step(self, batch: SharedBatch, _factor: float, _progress: float) -> None:
+        assert self.is_stepping.acquire(blocking=False), "two steps of one member at once"
+        time.sleep(0.002)
+        if len(self.batches) == self.fails_at:
+            raise FloatingPointError("as told")
+        self.batches.append(id(batch))
+        self.is_stepping.release()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("members", [0, 1, 3])
+def test_every_member_takes_every_step_once_and_a_no_leaves_them_at_the_same(
+    world: SmallWorld, threads: int, members: int
+) -> None:
+    pack = trainer(world, [], threads=threads)
+    pack.members = [Steps() for _ in range(members)]
+    answers = iter([True, True, True, True, False])
+    pack.train(9, lambda: next(answers))
+    assert pack.steps_done == 4
+    assert [len(member.batches) for member in pack.members] == [4] * members
+    assert all(member.batches == pack.members[0].batches for member in pack.members)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("fails_at", [0, 3, 5], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("says_no", [False, True])
+def test_what_a_members_step_raises_is_raised(world: SmallWorld, threads: int, fails_at: int, says_no: bool) -> None:
+    pack = trainer(world, [], threads=threads)
+    pack.members = [Steps(), Steps(fails_at), Steps()]
+    with pytest.raises(FloatingPointError, match="as told"):
+        # the no comes when the failing step was the last one to be started
+        pack.train(6, lambda: not says_no or pack.steps_done <= fails_at)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qkmodel.kernels.choice_cpu import keep_largest
-from qkmodel.sparse_code import SPARSE_SHARE, CentredInputs, centred_inputs
+from qkmodel.sparse_code import SPARSE_SHARE, CentredInputs, centred_inputs, training_code
 from qkmodel.sparsity import PENALTIES, Activation, BatchTopK, ReLU, TopK
 from qkmodel.transcode import infer, transcode
 from qkmodel.transcoder import Transcoder
@@ -96,6 +96,23 @@ def test_rounded_products_choose_features_but_do_not_round_them(activation: type
     # tokens whose choice is the same agree to float32
     same = (y - exact).abs().amax(-1) < 1e-4
     assert same.double().mean() > 0.8 and (y - exact).norm() < 0.2 * exact.norm()
+
+
+def test_rounded_gradients_of_what_was_chosen_are_float64s_to_half_a_percent() -> None:
+    transcoder, given = random_transcoder(64, TopK(3)), inputs(8, torch.bfloat16)
+    side = transcode(transcoder, given)
+    weights = torch.randn(side.y.shape, generator=torch.Generator().manual_seed(2))
+    (side.y * weights).sum().backward()
+    exact = random_transcoder(64, TopK(3)).double()
+    code = training_code(transcoder, given)
+    chosen = torch.zeros(len(given.x), 64, dtype=torch.bool)
+    for token, (first, last) in enumerate(pairwise(code.starts)):
+        chosen[token, code.features[first:last]] = True
+    pre = torch.nn.functional.linear(given.x.double(), exact.W_enc, exact.b_enc)
+    y = (torch.relu(pre) * chosen) @ exact.W_dec + exact.b_out
+    (y * weights.double()).sum().backward()
+    for (name, ours), theirs in zip(transcoder.named_parameters(), exact.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() < 5e-3 * theirs.grad.norm(), name
 
 
 @settings(max_examples=40, deadline=None)
