@@ -21,7 +21,7 @@ def refuse_without_room(root: Path, manifest: Manifest, request: CacheRequest, m
         raise InputError(
             f"activations.max_bytes: {sequences} sequences of {manifest.key.context} tokens at "
             f"{len(request.layers)} layers, and all tokens, need {_readable(size)}, more than {_readable(max_bytes)}; "
-            "raise it, or ask for fewer tokens or layers"
+            "raise it, or ask for fewer tokens, layers or validation sequences, or for a shorter context"
         )
     new = missing_work(manifest, request).bytes
     there = next(folder for folder in (root, *root.parents) if folder.exists())

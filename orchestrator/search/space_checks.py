@@ -122,7 +122,7 @@ def _check_values(key: str, name: str, setting: Setting) -> None:
             if not isinstance(value, bool):
                 raise InputError(f"{key}: {value!r} is neither true nor false")
         elif isinstance(value, bool):
-            raise InputError(f"{key}: is neither a number nor a word")
+            raise InputError(f"{key}: {str(value).lower()} is neither a number nor a word")
         elif isinstance(value, str) or (expected is int and value != int(value)):
             kind = "a whole number" if expected is int else "a number"
             raise InputError(f"{key}: {value!r} is not {kind}")

@@ -124,7 +124,7 @@ BROKEN = {
     "unknown word": ([TOPK | {"activation": "topkk"}], "auto", 9, ["activation:", "'topkk'", "topk?"]),
     "number for a word": ([RELU | {"penalty": 3}], "auto", 9, ["search.space.penalty:", "3", "l1, sqrt"]),
     "word for a number": ([TOPK | {"k": "8"}], "auto", 9, ["search.space.k:", "'8'", "whole number"]),
-    "true for a number": ([TOPK | {"k": [1, True]}], "auto", 9, ["search.space.k:", "neither a number nor a word"]),
+    "true for a number": ([TOPK | {"k": [1, True]}], "auto", 9, ["search.space.k: true is neither a number"]),
     "true for a word": ([TOPK | {"activation": True}], "auto", 9, ["activation:", "True", "known: relu, topk"]),
     "mask without a cost": ([{"form": "sqrt"}], "auto", 9, ["search.space:", "pair_cost is missing"]),
     "near what is not written": ([MASK | {"dictionry": 8}], "auto", 9, ["unknown hyperparameter", "known: form,"]),
