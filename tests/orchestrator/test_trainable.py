@@ -159,7 +159,8 @@ def test_a_pack_that_is_asked_to_stop_loses_no_step_and_no_loss(
     assert standing["tokens"] > 0 and standing["seconds"] > 0 and standing["metrics"] == {}
     monkeypatch.undo()
     _, header = newest_checkpoint(folder, "a")
-    assert header.steps_done == STEPS // 8 + 1 and header.progress == {}
+    # a step may have been under way when the next one was allowed
+    assert STEPS // 8 < header.steps_done <= STEPS // 8 + 2 and header.progress == {}
     _, rest = run(order(world, folder, {"a": 1e-2}, steps_done=header.steps_done))
     assert [one["a"].metrics for one in rest[:-1]] == [one["a"].metrics for one in whole[1:-1]]
     assert transcoder_bytes(tmp_path / "whole", "a") == transcoder_bytes(folder, "a")
