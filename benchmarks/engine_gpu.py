@@ -9,8 +9,8 @@ of layer 8 of a GPT-2 with random weights, which cost what real ones do, against
     bf16    the same under bfloat16 autocast, forward and training
 
 `relu` are the paper's trainings (ReLU, sqrt penalty), `topk` TopK 16. Of the engine the median of five stretches of 60
-steps counts, of the loops that of twelve steps. `ratio` compares training-tokens per second with
-activations from a cache; `ratio_with_cache` adds the forward passes of one epoch, as if no other pack ever read them.
+steps counts, of the loops that of twelve steps. `ratio` compares training-tokens per second with activations from a
+cache; `ratio_with_cache` adds the forward passes of one epoch, as if no other pack ever read them.
 Says how near both come in KL, on the batches trained on; how near the step comes to what the card allows; and where
 its time goes, by kernel. What it allows is measured: the rate of a large bfloat16 product and that of a large copy.
 `share_of_matmul` counts the products alone, `share_of_roofline` also what must pass through memory at least. A minute.
