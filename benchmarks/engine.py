@@ -7,7 +7,8 @@ reference, reports and final metrics included, against
             log-softmax by autograd; torch's Adam
     bf16    the same under bfloat16 autocast, forward and training
 
-timed with all cores, a step in every eighth of the engine's training, of which the median counts. What the plain loop
+timed with all cores in a process of its own (whose memory allocator is as Python leaves it), a step in every eighth of
+the engine's training, of which the median counts. What the plain loop
 would reach is found by training it to the end on the same batches (without recomputing the forward, which would only
 take longer). A quarter of an hour for both layers on two cores. The last line of standard output is JSON, by layer:
 
@@ -22,8 +23,10 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +35,7 @@ import torch
 from smollm2 import CORPUS, build_cache, load_smollm2
 from torch import Tensor, nn
 
+from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import batch_sequences, sequences_per_epoch
@@ -72,8 +76,14 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
         pack = timed(
             parts, "initialisation", lambda: PackTrainer(MEMBERS, attention, cache, reference, TRAINING, 0, threads)
         )
-        loops = {name: PlainLoop(model, pack, dtype) for name, dtype in LOOPS.items()}
-        kls = train(pack, parts, [lambda loop=loop: loop.time(threads) for loop in loops.values()])
+        with ProcessPoolExecutor(1, get_context("spawn"), start_loops, (cache.folder, layer, threads)) as loops:
+            steps = {name: [] for name in LOOPS}
+
+            def time_loops() -> None:
+                for name, seconds in steps.items():
+                    seconds.append(loops.submit(time_loop, name).result())
+
+            kls = train(pack, parts, time_loops)
         seconds = sum(parts.values())
         speed = len(MEMBERS) * pack.tokens_done / seconds
         say(f"layer {layer}: engine {speed:,.0f} training-tokens/s; " + shares(parts))
@@ -85,8 +95,8 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
             "parts": {name: round(value, 1) for name, value in parts.items()},
             "evaluation_share_of_training": round((parts["reports"] + parts["final metrics"]) / parts["training"], 4),
             "cross_entropy_seconds": round(cross_entropy_seconds(model, pack), 1),
-        } | {name: loop.figures(speed) for name, loop in loops.items()}
-        for name in loops:
+        } | {name: loop_figures(pack.tokens_per_step, seconds, speed) for name, seconds in steps.items()}
+        for name in LOOPS:
             say(f"layer {layer}: {name} loop {result[name]}")
         say(
             f"layer {layer}: kl {result['kl']} (median of 16), {result['kl_seed_0']} with seed 0, plain loop "
@@ -95,7 +105,7 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
         return result
 
 
-def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[[], None]]) -> list[float]:
+def train(pack: PackTrainer, parts: dict[str, float], beside: Callable[[], None]) -> list[float]:
     """Trains as a sweep's pack does, with a brief look after each eighth and all metrics at the end; each member's kl.
 
     What is to be timed `beside` it is called in every eighth, so that a machine whose speed drifts is fair to both.
@@ -107,8 +117,7 @@ def train(pack: PackTrainer, parts: dict[str, float], beside: Sequence[Callable[
 
     interval = -(-pack.steps_planned // 8)
     while not pack.finished:
-        for call in beside:
-            call()
+        beside()
         torch.set_num_threads(1)
         timed(parts, "training", lambda: pack.train(interval))
         if not pack.finished:
@@ -170,17 +179,14 @@ class PlainTraining:
 class PlainLoop:
     """A plain training under way, forward pass included, in one element type."""
 
-    def __init__(self, model: LanguageModel, pack: PackTrainer, dtype: torch.dtype) -> None:
-        self.model, self.cache, self.dtype = model, pack.cache, dtype
-        self.layer, self.tokens_per_step = pack.layer.geometry.layer, pack.tokens_per_step
-        self.training = PlainTraining(pack.layer, pack.reference)
-        self.available = sequences_per_epoch(TRAINING, CORPUS.context, pack.cache.train_sequences_available)
+    def __init__(self, model: LanguageModel, cache: ActivationCache, layer: int, dtype: torch.dtype) -> None:
+        self.model, self.cache, self.layer, self.dtype = model, cache, layer, dtype
+        self.training = PlainTraining(*ensure_reference(cache, layer, TRAINING, lambda: model))
+        self.available = sequences_per_epoch(TRAINING, CORPUS.context, cache.train_sequences_available)
         self.steps = 0
-        self.seconds: list[float] = []
 
-    def time(self, threads: int) -> None:
-        """Two steps, the second of which counts."""
-        torch.set_num_threads(threads)
+    def time(self) -> float:
+        """Seconds of the second of two steps."""
         for _ in range(2):
             numbers = batch_sequences(self.steps, TRAINING.batch_sequences, self.available, 0)
             tokens = self.cache.tokens("train", numbers)
@@ -190,16 +196,31 @@ class PlainLoop:
                 self.training.step(x)
             last = time.perf_counter() - started
             self.steps += 1
-        self.seconds.append(last)
+        return last
 
-    def figures(self, engine_speed: float) -> dict[str, float]:
-        step = median(self.seconds)
-        speed = self.tokens_per_step / step
-        return {
-            "tokens_per_second": round(speed),
-            "step_seconds": round(step, 4),
-            "ratio": round(engine_speed / speed, 1),
-        }
+
+# those of the process that times them
+loops_here: dict[str, PlainLoop] = {}
+
+
+def start_loops(folder: Path, layer: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model, cache = load_smollm2(), ActivationCache.open(folder)
+    loops_here.update({name: PlainLoop(model, cache, layer, dtype) for name, dtype in LOOPS.items()})
+
+
+def time_loop(name: str) -> float:
+    return loops_here[name].time()
+
+
+def loop_figures(tokens_per_step: int, seconds: Sequence[float], engine_speed: float) -> dict[str, float]:
+    step = median(seconds)
+    speed = tokens_per_step / step
+    return {
+        "tokens_per_second": round(speed),
+        "step_seconds": round(step, 4),
+        "ratio": round(engine_speed / speed, 1),
+    }
 
 
 def plain_kl(pack: PackTrainer) -> float:

@@ -35,6 +35,7 @@ from qkmodel.activations import (
     read_manifest,
     shard_path,
 )
+from qkmodel.allocator import keep_freed_memory
 from qkmodel.corpus import TokenisedCorpus
 from qkmodel.errors import InputError
 from qkmodel.files import PARTIAL_SUFFIX, exclusive, write_atomically
@@ -197,6 +198,7 @@ class _Build:
             if progress is not None:
                 progress(TokenProgress("caching activations", tokens_done, tokens_total, time.monotonic() - start))
 
+        keep_freed_memory()
         with _own_threads() as threads:
             for shard in missing:
                 lacking = [layer for layer in self._request.layers if layer_part(layer) in shard.parts]
