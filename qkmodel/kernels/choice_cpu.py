@@ -64,7 +64,7 @@ def _choose_in_row(row, k, space, place, features):
         for j in range(part.size):
             maxima[j] = max(maxima[j], part[j])
     # the k-th largest of some elements is no larger than that of all
-    bound = _kth_largest(maxima, k)
+    bound = _bound_of_largest(maxima, k)
     count, is_candidate = 0, eights.view(np.int8)
     for j in range(row.size):
         is_candidate[j] = np.int8(row[j] >= bound)
@@ -79,7 +79,7 @@ def _choose_in_row(row, k, space, place, features):
     whole = -(-count // WHOLE) * WHOLE
     for n in range(count, whole):
         candidates[n] = 0
-    threshold = _kth_largest(candidates[:whole], k)
+    threshold = _bound_of_largest(candidates[:whole], k)
     spare = k - _count_from(candidates[:whole], threshold + row.dtype.type(1))
     for n in range(count):
         if candidates[n] >= threshold:
@@ -137,7 +137,7 @@ def keep_largest(k, starts, features, values):
     first, place = starts[0], starts[0]
     for token in range(len(starts) - 1):
         last = starts[token + 1]
-        threshold = _kth_largest(bits[first:last], k)
+        threshold = _bound_of_largest(bits[first:last], k)
         spare = k - _count_from(bits[first:last], threshold + np.int32(1))
         for old in range(first, last):
             if bits[old] >= threshold:
@@ -169,12 +169,18 @@ def _keep(bits, threshold, spare, place, features):
 
 
 @inlined
-def _kth_largest(row, k):
-    """The k-th largest element, or 1 if fewer are positive: by halving the interval that it lies in."""
+def _bound_of_largest(row, k):
+    """A number that exactly the k largest elements reach, by halving the interval that it lies in.
+
+    With equal ones there may be none: then the k-th largest element; and 1 if fewer are positive.
+    """
     low, high = np.int64(1), np.int64(np.iinfo(row.dtype).max)
     while low < high:
         middle = low + (high - low + 1) // 2
-        if _count_from(row, row.dtype.type(middle)) >= k:
+        count = _count_from(row, row.dtype.type(middle))
+        if count == k:
+            return row.dtype.type(middle)
+        if count > k:
             low = middle
         else:
             high = middle - 1
@@ -183,7 +189,7 @@ def _kth_largest(row, k):
 
 @inlined
 def _smallest_of_batch(bits, context, budget):
-    """`_kth_largest` of all rows but those at position 0."""
+    """The `budget`-th largest element of all rows but those at position 0, or 1 if fewer are positive."""
     low, high = np.int64(1), np.int64(np.iinfo(bits.dtype).max)
     while low < high:
         middle = low + (high - low + 1) // 2
