@@ -8,9 +8,9 @@ reference, reports and final metrics included, against
     bf16    the same under bfloat16 autocast, forward and training
 
 timed with all cores in a process of its own (whose memory allocator is as Python leaves it), a step in every eighth of
-the engine's training, of which the median counts. What the plain loop
-would reach is found by training it to the end on the same batches (without recomputing the forward, which would only
-take longer). A quarter of an hour for both layers on two cores. The last line of standard output is JSON, by layer:
+the engine's training, of which the median counts. What the plain loop would reach is found by training it to the end on
+the same batches (without recomputing the forward, which would only take longer). A quarter of an hour for both layers
+on two cores. The last line of standard output is JSON, by layer:
 
     {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …}, "bf16": {…}, "kl": …, "kl_seed_0": …, "plain_kl": …,
            "parts": {…}, "evaluation_share_of_training": …, "cross_entropy_seconds": …}}

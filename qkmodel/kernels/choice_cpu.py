@@ -63,7 +63,7 @@ def _choose_in_row(row, k, space, place, features):
         part = row[start : start + maxima.size]
         for j in range(part.size):
             maxima[j] = max(maxima[j], part[j])
-    # the k-th largest of some elements is no larger than that of all
+    # what k of some elements reach, k of all reach
     bound = _bound_of_largest(maxima, k)
     count, is_candidate = 0, eights.view(np.int8)
     for j in range(row.size):
