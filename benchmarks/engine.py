@@ -12,10 +12,11 @@ the engine's training, of which the median counts. What the plain loop would rea
 the same batches (without recomputing the forward, which would only take longer). A quarter of an hour for both layers
 on two cores. The last line of standard output is JSON, by layer:
 
-    {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …}, "bf16": {…}, "kl": …, "kl_seed_0": …, "plain_kl": …,
-           "parts": {…}, "evaluation_share_of_training": …, "cross_entropy_seconds": …}}
+    {"8": {"engine_tokens_per_second": …, "plain": {…, "ratio": …, "ratio_of_training": …}, "bf16": {…}, "kl": …,
+           "kl_seed_0": …, "plain_kl": …, "parts": {…}, "evaluation_share_of_training": …, "cross_entropy_seconds": …}}
 
-The seconds of cross-entropies are of all 16 and not in the engine's time.
+The loops evaluate nothing: `ratio` has all of the engine's parts in its time, `ratio_of_training` none of reports,
+final metrics and the held-out text's share of the cache. The seconds of cross-entropies are of all 16 and in neither.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
                     seconds.append(loops.submit(time_loop, name).result())
 
             kls = train(pack, parts, time_loops)
-        seconds = sum(parts.values())
+        seconds, training_seconds = sum(parts.values()), sum(parts.values()) - evaluation_seconds(parts, cache)
         speed = len(MEMBERS) * pack.tokens_done / seconds
         say(f"layer {layer}: engine {speed:,.0f} training-tokens/s; " + shares(parts))
         result = {
@@ -95,7 +96,9 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
             "parts": {name: round(value, 1) for name, value in parts.items()},
             "evaluation_share_of_training": round((parts["reports"] + parts["final metrics"]) / parts["training"], 4),
             "cross_entropy_seconds": round(cross_entropy_seconds(model, pack), 1),
-        } | {name: loop_figures(pack.tokens_per_step, seconds, speed) for name, seconds in steps.items()}
+        }
+        for name, of_loop in steps.items():
+            result[name] = loop_figures(pack.tokens_per_step, of_loop, speed, seconds / training_seconds)
         for name in LOOPS:
             say(f"layer {layer}: {name} loop {result[name]}")
         say(
@@ -213,13 +216,23 @@ def time_loop(name: str) -> float:
     return loops_here[name].time()
 
 
-def loop_figures(tokens_per_step: int, seconds: Sequence[float], engine_speed: float) -> dict[str, float]:
+def evaluation_seconds(parts: dict[str, float], cache: ActivationCache) -> float:
+    """The engine's time for what no loop does."""
+    held_out = sum(shard.sequences for path, shard in cache.manifest.shards.items() if "validation" in path)
+    share = held_out / sum(shard.sequences for shard in cache.manifest.shards.values())
+    return parts["reports"] + parts["final metrics"] + share * parts["cache"]
+
+
+def loop_figures(
+    tokens_per_step: int, seconds: Sequence[float], engine_speed: float, training_gain: float
+) -> dict[str, float]:
     step = median(seconds)
     speed = tokens_per_step / step
     return {
         "tokens_per_second": round(speed),
         "step_seconds": round(step, 4),
         "ratio": round(engine_speed / speed, 1),
+        "ratio_of_training": round(engine_speed * training_gain / speed, 1),
     }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from orchestrator.late_checks import CheckedPlan, cache_threads
 from orchestrator.pack_size import geometry_of, kinds_of_training
@@ -12,10 +13,11 @@ from orchestrator.plan import SweepPlan
 from qkmodel.activation_request import MissingWork, missing_work, request_bytes
 from qkmodel.activations import DTYPES
 from qkmodel.attention import AttentionLayer
+from qkmodel.forward_batch import forward_sequences
 from qkmodel.language_model import LanguageModel
 from qkmodel.member import Member, SharedBatch
 from qkmodel.pack import shared_batch
-from qkmodel.pattern_comparison import EVALUATION_BATCH
+from qkmodel.pattern_comparison import EVALUATION_BATCH, patched_batch
 from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 
@@ -65,34 +67,34 @@ def estimate(checked: CheckedPlan) -> Estimate:
     missing = missing_work(checked.manifest, checked.request)
     streamed = checked.request.streamed_sequences > 0
     if config.task == "pair_mask" or (plan.device == "cuda" and not torch.cuda.is_available()):
-        passes = missing.sequences / EVALUATION_BATCH / cache_threads(config)
+        passes = missing.sequences / cache_threads(config)
         seconds = passes * _forward_seconds(plan, checked.load_model())[0] if passes else 0.0
         return Estimate(whole, missing, streamed, seconds, None, None)
     forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, checked.load_model())
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
     reports = -(-plan.tokens_per_training // (config.training.report_tokens or -(-config.training.tokens // 8))) - 1
     evaluation_batches = plan.validation_sequences / EVALUATION_BATCH + reports
-    model_batches = config.training.patched_sequences / EVALUATION_BATCH
     threads = 1 if plan.device == "cuda" else min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
     at_once = min(plan.slots, plan.packs) * threads
     share = plan.trainings_left * plan.share_trained / at_once
     if streamed:
-        shared_seconds += forward_seconds * config.training.batch_sequences / EVALUATION_BATCH
+        shared_seconds += forward_seconds * config.training.batch_sequences
     return Estimate(
         cache_bytes=whole,
         cache=missing,
         streamed=streamed,
-        cache_seconds=missing.sequences / EVALUATION_BATCH * forward_seconds / cache_threads(config),
+        cache_seconds=missing.sequences * forward_seconds / cache_threads(config),
         training_seconds=steps * (share * step_seconds + plan.packs / at_once * shared_seconds),
-        evaluation_seconds=share * (evaluation_batches * step_seconds + model_batches * whole_model_seconds),
+        evaluation_seconds=share
+        * (evaluation_batches * step_seconds + config.training.patched_sequences * whole_model_seconds),
     )
 
 
 def _measure(plan: SweepPlan, model: LanguageModel) -> tuple[float, float, float, float]:
     """Seconds of one thread.
 
-    Forward passes of `EVALUATION_BATCH` sequences, to the deepest requested layer and through the whole model; what a
-    pack shares of a step; a training's own part of it.
+    Of one sequence's forward pass to the deepest requested layer and through the whole model; what a pack shares of a
+    step; a training's own part of it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -104,11 +106,19 @@ def _measure(plan: SweepPlan, model: LanguageModel) -> tuple[float, float, float
 
 def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, float]:
     vocabulary = model.bridge.original_model.get_input_embeddings().num_embeddings
-    tokens = torch.randint(0, vocabulary, (EVALUATION_BATCH, plan.config.corpus.context))
+    context, device = plan.config.corpus.context, model.device.type
     deepest, products = [max(plan.config.layers)], DTYPES[plan.cache_key.products]
+
+    def of_one_sequence(batch: int, run: Callable[[Tensor], object]) -> float:
+        tokens = torch.randint(0, vocabulary, (batch, context))
+        return _seconds(lambda: run(tokens)) / batch
+
     return (
-        _seconds(lambda: next(model.attention_inputs_of_batches([tokens], deepest, products))),
-        _seconds(lambda: model.cross_entropy(tokens, products=products)),
+        of_one_sequence(
+            forward_sequences(context, device, EVALUATION_BATCH),
+            lambda tokens: next(model.attention_inputs_of_batches([tokens], deepest, products)),
+        ),
+        of_one_sequence(patched_batch(context, device), lambda tokens: model.cross_entropy(tokens, products=products)),
     )
 
 

@@ -4,13 +4,15 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 from safetensors.torch import save
 from torch import Tensor
 
@@ -39,6 +41,7 @@ from qkmodel.allocator import keep_freed_memory
 from qkmodel.corpus import TokenisedCorpus
 from qkmodel.errors import InputError
 from qkmodel.files import PARTIAL_SUFFIX, exclusive, write_atomically
+from qkmodel.forward_batch import forward_sequences
 from qkmodel.progress import TokenProgress
 
 if TYPE_CHECKING:
@@ -46,8 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# sequences that go through the model together
-_FORWARD_SEQUENCES = 8
+# sequences that go through the model together on a GPU
+_ON_GPU = 8
 
 
 def build_activation_cache(
@@ -186,7 +189,7 @@ class _Build:
     def add_activations(
         self, model: "LanguageModel", progress: Callable[[TokenProgress], None] | None, recorded: Callable[[], None]
     ) -> None:
-        """Run the model over every shard that lacks a layer; a kill loses the shard it was at. Raises InputError."""
+        """Run the model over every shard that lacks a layer; a kill loses those under way. Raises InputError."""
         missing = self.missing_activations()
         tokens_total = self._manifest.key.context * sum(shard.sequences for shard in missing)
         tokens_done = 0
@@ -200,13 +203,19 @@ class _Build:
 
         keep_freed_memory()
         with _own_threads() as threads:
-            for shard in missing:
-                lacking = [layer for layer in self._request.layers if layer_part(layer) in shard.parts]
-                tokens = map_shard(self.folder / shard_path(TOKENS, shard.split, shard.index))
-                activations = _attention_inputs(model, tokens, lacking, self._manifest.key, threads, report)
-                paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}
-                self._record({paths[layer]: self._write(paths[layer], activations[layer]) for layer in lacking})
-                recorded()
+            for lacking, shards in groupby(missing, self._lacking_layers):
+                for shard, activations in _attention_inputs(
+                    model, shards, self._tokens, lacking, self._manifest.key, threads, report
+                ):
+                    paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}
+                    self._record({paths[layer]: self._write(paths[layer], activations[layer]) for layer in lacking})
+                    recorded()
+
+    def _lacking_layers(self, shard: MissingShard) -> list[int]:
+        return [layer for layer in self._request.layers if layer_part(layer) in shard.parts]
+
+    def _tokens(self, shard: MissingShard) -> Int32[Tensor, "sequence context"]:
+        return map_shard(self.folder / shard_path(TOKENS, shard.split, shard.index))
 
     def _is_intact(self, path: str) -> bool:
         try:
@@ -242,20 +251,33 @@ def _own_threads() -> Iterator[int]:
 
 def _attention_inputs(
     model: "LanguageModel",
-    tokens: Int32[Tensor, "sequence context"],
+    shards: Iterable[MissingShard],
+    tokens_of: Callable[[MissingShard], Int32[Tensor, "sequence context"]],
     layers: list[int],
     key: CacheKey,
     threads: int,
     report: Callable[[int], None],
-) -> dict[int, Float[Tensor, "sequence context d_model"]]:
-    """One shard's activations at `layers`, by batches that start at the same sequences whatever is missing."""
+) -> Iterator[tuple[MissingShard, dict[int, Float[Tensor, "sequence context d_model"]]]]:
+    """Each shard's activations at `layers`, by batches that start at the same sequences whatever is missing.
+
+    Batches of the next shards are under way while one's last are waited for.
+    """
+    size = forward_sequences(key.context, model.device.type, _ON_GPU)
+    begun: deque[MissingShard] = deque()
+
+    def batches() -> Iterator[Int[Tensor, "batch context"]]:
+        for shard in shards:
+            begun.append(shard)
+            yield from (batch.long() for batch in tokens_of(shard).split(size))
+
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    batches = [batch.long() for batch in tokens.split(_FORWARD_SEQUENCES)]
-    for inputs in model.attention_inputs_of_batches(batches, layers, DTYPES[key.products], threads):
+    for inputs in model.attention_inputs_of_batches(batches(), layers, DTYPES[key.products], threads):
         for layer in layers:
             activations = inputs[layer].to("cpu", DTYPES[key.dtype])
             if not activations.isfinite().all():
                 raise InputError(f"model: layer {layer} receives NaN or infinity on this corpus; no cache can be built")
             parts[layer].append(activations)
         report(inputs[layers[0]][..., 0].numel())
-    return {layer: torch.cat(parts[layer]) for layer in layers}
+        if sum(len(part) for part in parts[layers[0]]) == begun[0].sequences:
+            yield begun.popleft(), {layer: torch.cat(parts[layer]) for layer in layers}
+            parts = {layer: [] for layer in layers}

@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from qkmodel.activations import DTYPES, ActivationCache, Split
 from qkmodel.allocator import keep_freed_memory
 from qkmodel.errors import InputError
+from qkmodel.forward_batch import forward_sequences
 
 if TYPE_CHECKING:
     from qkmodel.language_model import LanguageModel
@@ -51,7 +53,9 @@ class StreamedActivations:
             return self._cache.read_stored(layer, split, indices)
         key = self._cache.manifest.key
         tokens = self._cache.tokens(split, indices)
-        x = next(self._model.attention_inputs_of_batches([tokens], [layer], DTYPES[key.products]))[layer]
+        batches = tokens.split(forward_sequences(self.context, self._model.device.type, len(tokens)))
+        inputs = self._model.attention_inputs_of_batches(batches, [layer], DTYPES[key.products])
+        x = torch.cat([of_batch[layer] for of_batch in inputs])
         if not x.isfinite().all():
             raise InputError(f"model: layer {layer} receives NaN or infinity on this corpus; it cannot be trained on")
         return x.to(DTYPES[key.dtype])

@@ -1,4 +1,4 @@
-"""How the memory allocator of a process that makes one forward pass after another treats what is freed."""
+"""How the memory allocator of a process that makes one pass or step after another treats what is freed."""
 
 import ctypes
 
@@ -15,7 +15,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep up to 256 MiB of what a thread freed, in pieces of up to 32 MiB, for what is allocated next.
 
     By default it gives tensors' pages back to the system, which zeroes new ones for the next tensors: an eighth of a
-    forward pass's time. Other C libraries are left as they are.
+    forward pass's time, a twentieth of a training step's at 1,024 features and a sixth at 8,192. Other C libraries are
+    left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

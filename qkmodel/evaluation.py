@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qkmodel.activations import DTYPES, ActivationCache
 from qkmodel.attention import AttentionLayer
-from qkmodel.pattern_comparison import EVALUATION_BATCH, PatternComparison, TrueBatch, validation_batches
+from qkmodel.pattern_comparison import PatternComparison, TrueBatch, patched_batches, validation_batches
 from qkmodel.reference import LayerReference
 from qkmodel.transcode import infer
 from qkmodel.transcoder import QKTranscoder
@@ -112,8 +112,7 @@ def evaluate_cross_entropy(
     product type, as it did for `ce_clean` and `ce_ablated`.
     """
     totals, count = [0.0] * len(patterns), 0
-    for start in range(0, sequences, EVALUATION_BATCH):
-        numbers = range(start, min(start + EVALUATION_BATCH, sequences))
+    for numbers in patched_batches(cache, layer, sequences):
         tokens = cache.tokens("validation", numbers)
         x = cache.read(layer.geometry.layer, "validation", numbers).to(layer.w_q.device)
         of_batch = [partial(pattern, x) for pattern in patterns]

@@ -2,8 +2,9 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 import torch
@@ -77,7 +78,7 @@ class LanguageModel:
 
     def attention_inputs_of_batches(
         self,
-        batches: Sequence[Int[Tensor, "batch context"]],
+        batches: Iterable[Int[Tensor, "batch context"]],
         layers: Sequence[int],
         products: torch.dtype,
         threads: int = 1,
@@ -85,7 +86,8 @@ class LanguageModel:
         """The attention inputs of many batches, in their order.
 
         Matrix products are made in `products`; the residual stream stays float32. `threads` run different batches,
-        each with torch's own threads, of which one is best then: no result depends on how many there are.
+        each with torch's own threads, of which one is best then: no result depends on how many there are. They are
+        given twice as many batches as they are, so that none waits for the next to be asked for.
         """
         names = {f"blocks.{layer}.attn.hook_in": layer for layer in sorted(layers)}
 
@@ -96,7 +98,7 @@ class LanguageModel:
         with self._capturing(list(names)) as run, ThreadPoolExecutor(threads) as pool:
             # one size at a time: transformer_lens keeps a batch's size on the model, for learned positions
             for _, of_one_size in groupby(batches, key=len):
-                yield from pool.map(inputs, of_one_size)
+                yield from _in_order(pool, inputs, of_one_size, 2 * threads)
 
     @contextlib.contextmanager
     def _capturing(self, names: Sequence[str]) -> Iterator[Callable[[Tensor], dict[str, Tensor]]]:
@@ -178,6 +180,23 @@ class LanguageModel:
             torch.nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum").item()
             for row, target in zip(logits, tokens, strict=True)
         )
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Tensor], dict[int, Tensor]], items: Iterable[Tensor], ahead: int
+) -> Iterator[dict[int, Tensor]]:
+    """What `work` makes of each item, in their order, while up to `ahead` more are under way or done."""
+    under_way: deque[Future[dict[int, Tensor]]] = deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > ahead:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
 
 
 def load_language_model(config: ModelConfig, device: str = "cpu") -> LanguageModel:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qkmodel.attention import AttentionGeometry
+from qkmodel.forward_batch import forward_sequences
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
 from qkmodel.kernels.pattern_kl_cpu import BLOCK_SCORES, blocks_of
 from qkmodel.model_description import ModelDescription
 from qkmodel.pack_graphs import STREAMS
-from qkmodel.pattern_comparison import EVALUATION_BATCH
+from qkmodel.pattern_comparison import EVALUATION_BATCH, patched_batch
 from qkmodel.sparse_code import SPARSE_SHARE
 from qkmodel.transcode import MOST_ON_GPU
 
@@ -67,7 +68,7 @@ def pack_bytes(
     On a GPU as many step at once as there are streams, and each stream keeps its memory during evaluation. On a CPU
     evaluation, in batches of its own size, is reckoned as steps of that size. Cross-entropies follow it.
     """
-    forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
+    forward = _forward_bytes(use.model, batch, context, device) if use is not None and use.streamed else 0
     batch = max(batch, EVALUATION_BATCH)
     lasting = sum(LASTING_BYTES * _parameters(member, geometry) for member in members)
     steps = sorted((_step_bytes(member, geometry, batch * context, device) for member in members), reverse=True)
@@ -75,7 +76,9 @@ def pack_bytes(
     training = sum(steps[:at_once]) + BATCHES * _shared_bytes(geometry, batch, context, device) + forward
     if device == "cuda":
         training += sum(_evaluation_bytes(member, geometry, context) for member in members[:threads])
-    patching = min(threads, len(members)) * _patched_bytes(use, context) if use is not None and use.patched else 0
+    patching = 0
+    if use is not None and use.patched:
+        patching = min(threads, len(members)) * _patched_bytes(use, context, device)
     weights = _weight_bytes(use.model) if use is not None else 0
     return LIBRARIES_BYTES + RUNNING_BYTES + weights + lasting + max(training, patching)
 
@@ -89,8 +92,8 @@ def masks_bytes(
     use: ModelUse | None = None,
 ) -> int:
     """Bytes of a process that trains masks of one dictionary, with so many candidates each."""
-    forward = _forward_bytes(use.model, batch, context) if use is not None and use.streamed else 0
-    patching = _patched_bytes(use, context) if use is not None and use.patched else 0
+    forward = _forward_bytes(use.model, batch, context, "cpu") if use is not None and use.streamed else 0
+    patching = _patched_bytes(use, context, "cpu") if use is not None and use.patched else 0
     weights = _weight_bytes(use.model) if use is not None else 0
     # each trained along, and a source of its own
     dictionaries = 2 * len(candidates) * (LASTING_BYTES + STEP_BYTES) * _parameters(source, geometry)
@@ -112,21 +115,24 @@ def _weight_bytes(model: ModelDescription) -> int:
     return 4 * model.d_model * (12 * model.n_layers * model.d_model + model.vocabulary_matrices * model.vocabulary_size)
 
 
-def _forward_bytes(model: ModelDescription, batch: int, context: int) -> int:
-    """A pass of `batch` sequences up to some layer."""
-    return batch * context * (HIDDEN_BYTES * model.d_model + SCORE_BYTES * model.n_heads * context)
+def _forward_bytes(model: ModelDescription, batch: int, context: int, device: str) -> int:
+    """Passes of `batch` sequences up to some layer, of as many at a time as is fast, and what they leave."""
+    at_once = min(batch, forward_sequences(context, device, batch))
+    left = 4 * batch * context * model.d_model
+    return left + at_once * context * (HIDDEN_BYTES * model.d_model + SCORE_BYTES * model.n_heads * context)
 
 
-def _patched_bytes(use: ModelUse, context: int) -> int:
+def _patched_bytes(use: ModelUse, context: int, device: str) -> int:
     """A pass of an evaluation's sequences with a pattern patched in, and their cross-entropy.
 
     Logits come when no layer is at work any more; those of one sequence and their log-probabilities are in float32.
     """
-    model, tokens = use.model, EVALUATION_BATCH * context
-    logits = (2 if use.products == "bfloat16" else 4) * tokens + 8 * context
+    batch = patched_batch(context, device)
+    model, tokens = use.model, batch * context
+    logits = 2 * tokens + 8 * context if use.products == "bfloat16" else 4 * (tokens + context)
     pattern = 4 * tokens * model.n_heads * context
     hidden = HIDDEN_BYTES * tokens * model.d_model
-    return pattern + max(_forward_bytes(model, EVALUATION_BATCH, context), hidden + logits * model.vocabulary_size)
+    return pattern + max(_forward_bytes(model, batch, context, device), hidden + logits * model.vocabulary_size)
 
 
 def _sides(member: Hyperparameters, geometry: AttentionGeometry) -> list[tuple[SideHyperparameters, int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qkmodel.activations import ActivationCache
 from qkmodel.attention import AttentionLayer
+from qkmodel.forward_batch import forward_sequences
 from qkmodel.kernels import pattern_comparison_cpu, pattern_comparison_plain
 from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_terms import Keys, Queries, TruePattern
@@ -37,6 +38,18 @@ def validation_batches(cache: ActivationCache, layer: AttentionLayer, sequences:
         numbers = range(start, min(start + EVALUATION_BATCH, sequences))
         x = cache.read(layer.geometry.layer, "validation", list(numbers)).to(layer.w_q.device)
         yield TrueBatch(x, true_pattern(layer, *layer.project(x), torch.float32))
+
+
+def patched_batches(cache: ActivationCache, layer: AttentionLayer, sequences: int) -> Iterator[range]:
+    """The first `sequences` validation sequences' numbers, in batches that go through the whole model."""
+    size = patched_batch(cache.context, layer.w_q.device.type)
+    for start in range(0, sequences, size):
+        yield range(start, min(start + size, sequences))
+
+
+def patched_batch(context: int, device: str) -> int:
+    """Sequences that go through the whole model together, no more than are compared together."""
+    return min(EVALUATION_BATCH, forward_sequences(context, device, EVALUATION_BATCH))
 
 
 class PatternComparison:

@@ -18,7 +18,7 @@ from qkmodel.attention_extraction import extract_attention_layer
 from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.errors import InputError
-from qkmodel.pattern_comparison import EVALUATION_BATCH, PatternComparison, validation_batches
+from qkmodel.pattern_comparison import EVALUATION_BATCH, PatternComparison, patched_batches, validation_batches
 from qkmodel.pattern_kl import row_kl
 from qkmodel.schema import Schema
 from qkmodel.tensor_file import UnknownFormat, read_tensor_file, write_tensor_file
@@ -176,8 +176,8 @@ def _cross_entropies(
     if sequences == 0:
         return None, None
     clean, ablated, count = 0.0, 0.0, 0
-    for start in range(0, sequences, EVALUATION_BATCH):
-        tokens = cache.tokens("validation", list(range(start, min(start + EVALUATION_BATCH, sequences))))
+    for numbers in patched_batches(cache, attention, sequences):
+        tokens = cache.tokens("validation", numbers)
         pattern = attention.pattern(
             *_mean_queries_keys(attention, mean_query, mean_key, tokens.shape[0], tokens.shape[1])
         )

@@ -162,6 +162,17 @@ def test_a_shorter_last_batch_does_not_disturb_the_others() -> None:
     assert [len(one[1]) for one in found] == [len(batch) for batch in batches]
 
 
+def test_batches_are_asked_for_as_they_are_needed() -> None:
+    """A cache's batches are many times what memory holds."""
+    model, asked = wrap(random_hf_model(CONFIGS["llama3"])), []
+    alone = [model.attention_inputs(torch.full((2, 9), number), [1])[1] for number in range(40)]
+    batches = (asked.append(number) or torch.full((2, 9), number) for number in range(40))
+    for number, found in enumerate(model.attention_inputs_of_batches(batches, [1], torch.float32, threads=2)):
+        assert len(asked) <= number + 5
+        assert torch.equal(found[1], alone[number])
+    assert len(asked) == 40
+
+
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 def test_batches_on_threads_are_the_batches_one_by_one(products: torch.dtype) -> None:
     model, threads = wrap(random_hf_model(CONFIGS["llama3"])), torch.get_num_threads()

@@ -42,7 +42,9 @@ MEASURE = """
 import re, resource, sys, torch
 from transformers import LlamaConfig
 from tests.qkmodel.random_models import random_hf_model, wrap
+from qkmodel.forward_batch import forward_sequences
 from qkmodel.pack_memory import ModelUse, _forward_bytes, _patched_bytes
+from qkmodel.pattern_comparison import patched_batch
 
 what, context, products = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
@@ -50,19 +52,25 @@ model = wrap(random_hf_model(LlamaConfig(
     vocab_size=60_000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
     max_position_embeddings=context,
 )))
-tokens = torch.randint(60_000, (8, context))
-pattern = lambda: torch.full((8, 8, context, context), 1 / context)
+batch = patched_batch(context, "cpu") if what == "patched" else 8
+tokens = torch.randint(60_000, (batch, context))
+pattern = lambda: torch.full((batch, 8, context, context), 1 / context)
 def run(tokens, pattern):
     if what == "patched":
         model.cross_entropies(tokens, 0, [pattern], getattr(torch, products))
     else:
-        next(model.attention_inputs_of_batches([tokens], [1], getattr(torch, products)))
+        batches = tokens.split(forward_sequences(context, "cpu", 8))
+        inputs = model.attention_inputs_of_batches(batches, [1], getattr(torch, products))
+        torch.cat([of_batch[1] for of_batch in inputs])
 # what a first pass loads and keeps is not what a pass takes
 run(tokens[:1, :8], lambda: torch.full((1, 8, 8, 8), 1 / 8))
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 run(tokens, pattern)
 use = ModelUse(model.description, products, False, True)
-modelled = _patched_bytes(use, context) if what == "patched" else _forward_bytes(model.description, 8, context)
+if what == "patched":
+    modelled = _patched_bytes(use, context, "cpu")
+else:
+    modelled = _forward_bytes(model.description, 8, context, "cpu")
 # ru_maxrss would be the peak of the process that started this one, where that is larger
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 print((peak - before) / modelled)
