@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -63,7 +64,13 @@ class SmallModel:
 
     def attention_inputs_of_batches(self, batches, layers, products, threads):
         assert products == torch.float32
-        return (self.attention_inputs(batch, layers) for batch in batches)
+        # ahead of what is asked for, as threads are
+        under_way = deque()
+        for batch in batches:
+            under_way.append(self.attention_inputs(batch, layers))
+            if len(under_way) > 3:
+                yield under_way.popleft()
+        yield from under_way
 
 
 class SmallCorpus:
