@@ -1,17 +1,20 @@
 """How long a plan takes on this machine, from a short measurement of its own steps."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from orchestrator.config import SweepConfig
 from orchestrator.late_checks import CheckedPlan, cache_threads
 from orchestrator.pack_size import geometry_of, kinds_of_training
 from orchestrator.plan import SweepPlan
 from qkmodel.activation_request import MissingWork, missing_work, request_bytes
 from qkmodel.activations import DTYPES
+from qkmodel.allocator import give_back_memory, keep_freed_memory
 from qkmodel.attention import AttentionLayer
 from qkmodel.forward_batch import forward_sequences
 from qkmodel.language_model import LanguageModel
@@ -67,10 +70,14 @@ def estimate(checked: CheckedPlan) -> Estimate:
     missing = missing_work(checked.manifest, checked.request)
     streamed = checked.request.streamed_sequences > 0
     if config.task == "pair_mask" or (plan.device == "cuda" and not torch.cuda.is_available()):
-        passes = missing.sequences / cache_threads(config)
-        seconds = passes * _forward_seconds(plan, checked.load_model())[0] if passes else 0.0
+        seconds = 0.0
+        if missing.sequences:
+            with _one_thread():
+                model = checked.load_model()
+                seconds = _forward_seconds(plan, model)[0] * missing.sequences / _passes_at_once(config, model)
         return Estimate(whole, missing, streamed, seconds, None, None)
-    forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, checked.load_model())
+    model = checked.load_model()
+    forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, model)
     steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
     reports = -(-plan.tokens_per_training // (config.training.report_tokens or -(-config.training.tokens // 8))) - 1
     evaluation_batches = plan.validation_sequences / EVALUATION_BATCH + reports
@@ -83,11 +90,16 @@ def estimate(checked: CheckedPlan) -> Estimate:
         cache_bytes=whole,
         cache=missing,
         streamed=streamed,
-        cache_seconds=missing.sequences * forward_seconds / cache_threads(config),
+        cache_seconds=missing.sequences * forward_seconds / _passes_at_once(config, model),
         training_seconds=steps * (share * step_seconds + plan.packs / at_once * shared_seconds),
         evaluation_seconds=share
         * (evaluation_batches * step_seconds + config.training.patched_sequences * whole_model_seconds),
     )
+
+
+def _passes_at_once(config: SweepConfig, model: LanguageModel) -> int:
+    """A GPU does one after the other, however many there are at once."""
+    return 1 if model.device.type == "cuda" else cache_threads(config)
 
 
 def _measure(plan: SweepPlan, model: LanguageModel) -> tuple[float, float, float, float]:
@@ -96,12 +108,21 @@ def _measure(plan: SweepPlan, model: LanguageModel) -> tuple[float, float, float
     Of one sequence's forward pass to the deepest requested layer and through the whole model; what a pack shares of a
     step; a training's own part of it.
     """
+    with _one_thread():
+        return *_forward_seconds(plan, model), *_step_seconds(plan)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is measured runs as it will: with one of torch's threads, and memory that is kept."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
-        return *_forward_seconds(plan, model), *_step_seconds(plan)
+        yield
     finally:
         torch.set_num_threads(threads)
+        give_back_memory()
 
 
 def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, float]:

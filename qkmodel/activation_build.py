@@ -37,7 +37,7 @@ from qkmodel.activations import (
     read_manifest,
     shard_path,
 )
-from qkmodel.allocator import keep_freed_memory
+from qkmodel.allocator import give_back_memory, keep_freed_memory
 from qkmodel.corpus import TokenisedCorpus
 from qkmodel.errors import InputError
 from qkmodel.files import PARTIAL_SUFFIX, exclusive, write_atomically
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# sequences that go through the model together on a GPU
-_ON_GPU = 8
+# On a GPU: sequences that go through the model together, and passes at once.
+_ON_GPU, _PASSES_ON_GPU = 8, 8
 
 
 def build_activation_cache(
@@ -202,7 +202,8 @@ class _Build:
                 progress(TokenProgress("caching activations", tokens_done, tokens_total, time.monotonic() - start))
 
         keep_freed_memory()
-        with _own_threads() as threads:
+        with _own_threads() as cores:
+            threads = min(cores, _PASSES_ON_GPU) if model.device.type == "cuda" else cores
             for lacking, shards in groupby(missing, self._lacking_layers):
                 for shard, activations in _attention_inputs(
                     model, shards, self._tokens, lacking, self._manifest.key, threads, report
@@ -210,6 +211,7 @@ class _Build:
                     paths = {layer: shard_path(layer_part(layer), shard.split, shard.index) for layer in lacking}
                     self._record({paths[layer]: self._write(paths[layer], activations[layer]) for layer in lacking})
                     recorded()
+        give_back_memory()
 
     def _lacking_layers(self, shard: MissingShard) -> list[int]:
         return [layer for layer in self._request.layers if layer_part(layer) in shard.parts]
@@ -271,13 +273,14 @@ def _attention_inputs(
             yield from (batch.long() for batch in tokens_of(shard).split(size))
 
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    for inputs in model.attention_inputs_of_batches(batches(), layers, DTYPES[key.products], threads):
+    products, stored = DTYPES[key.products], DTYPES[key.dtype]
+    for inputs in model.attention_inputs_of_batches(batches(), layers, products, threads, stored):
         for layer in layers:
-            activations = inputs[layer].to("cpu", DTYPES[key.dtype])
-            if not activations.isfinite().all():
+            if not inputs[layer].isfinite().all():
                 raise InputError(f"model: layer {layer} receives NaN or infinity on this corpus; no cache can be built")
-            parts[layer].append(activations)
+            parts[layer].append(inputs[layer])
         report(inputs[layers[0]][..., 0].numel())
         if sum(len(part) for part in parts[layers[0]]) == begun[0].sequences:
-            yield begun.popleft(), {layer: torch.cat(parts[layer]) for layer in layers}
+            activations = {layer: torch.cat(parts[layer]) for layer in layers}
             parts = {layer: [] for layer in layers}
+            yield begun.popleft(), activations

@@ -8,7 +8,6 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from qkmodel.activations import DTYPES, ActivationCache, Split
-from qkmodel.allocator import keep_freed_memory
 from qkmodel.errors import InputError
 from qkmodel.forward_batch import forward_sequences
 
@@ -27,7 +26,6 @@ class StreamedActivations:
     def __init__(self, cache: ActivationCache, model: "LanguageModel") -> None:
         self._cache = cache
         self._model = model
-        keep_freed_memory()
 
     @property
     def context(self) -> int:

@@ -29,7 +29,7 @@ from qkmodel.errors import InputError
 from qkmodel.schema import Schema
 
 # Raise it when the layout changes, or when `corpus.tokenise` orders sequences differently.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_SEQUENCES = 64
 TENSOR_NAME = "data"
 MANIFEST = "manifest.json"

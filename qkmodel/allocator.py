@@ -12,7 +12,10 @@ _RESERVED = 64 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep up to 256 MiB of what a thread freed, in pieces of up to 32 MiB, for what is allocated next.
+    """Has glibc keep what a thread freed, in pieces of up to 32 MiB, for what is allocated next.
+
+    A thread then keeps all that it ever had at once (the main one up to 256 MiB), and one that starts later takes over
+    the memory of one that has ended, whatever either is for: without `give_back_memory` now and then a process grows.
 
     By default it gives tensors' pages back to the system, which zeroes new ones for the next tensors: an eighth of a
     forward pass's time, a twentieth of a training step's at 1,024 features and a sixth at 8,192. Other C libraries are
@@ -23,3 +26,10 @@ def keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
         mallopt(_M_TOP_PAD, _RESERVED)
+
+
+def give_back_memory() -> None:
+    """Gives the system what all threads have freed."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

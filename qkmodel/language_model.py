@@ -82,23 +82,26 @@ class LanguageModel:
         layers: Sequence[int],
         products: torch.dtype,
         threads: int = 1,
+        stored: torch.dtype | None = None,
     ) -> Iterator[dict[int, Float[Tensor, "batch context d_model"]]]:
         """The attention inputs of many batches, in their order.
 
         Matrix products are made in `products`; the residual stream stays float32. `threads` run different batches,
-        each with torch's own threads, of which one is best then: no result depends on how many there are. They are
-        given twice as many batches as they are, so that none waits for the next to be asked for.
+        each with torch's own threads, of which one is best then: no result depends on how many there are. At
+        most two batches more than `threads` are in memory, before or after their pass, and no thread waits for the
+        next to be asked for. With `stored` the inputs come rounded to it, in the CPU's memory.
         """
         names = {f"blocks.{layer}.attn.hook_in": layer for layer in sorted(layers)}
 
         def inputs(tokens: Int[Tensor, "batch context"]) -> dict[int, Float[Tensor, "batch context d_model"]]:
             with torch.autocast(self.device.type, products, enabled=products != torch.float32):
-                return {names[name]: x for name, x in run(tokens).items()}
+                found = {names[name]: x for name, x in run(tokens).items()}
+            return found if stored is None else {layer: x.to("cpu", stored) for layer, x in found.items()}
 
         with self._capturing(list(names)) as run, ThreadPoolExecutor(threads) as pool:
             # one size at a time: transformer_lens keeps a batch's size on the model, for learned positions
             for _, of_one_size in groupby(batches, key=len):
-                yield from _in_order(pool, inputs, of_one_size, 2 * threads)
+                yield from _in_order(pool, inputs, of_one_size, threads + 1)
 
     @contextlib.contextmanager
     def _capturing(self, names: Sequence[str]) -> Iterator[Callable[[Tensor], dict[str, Tensor]]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
-from qkmodel.allocator import keep_freed_memory
+from qkmodel.allocator import give_back_memory, keep_freed_memory
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.errors import InputError
@@ -88,8 +88,9 @@ class PackTrainer(Lockstep):
         last = min(self.steps_done + steps, self.steps_planned)
         if self.steps_done == last or not may_go_on():
             return
-        # now, not before members are made: what that takes for a moment would be kept, too
         keep_freed_memory()
+        # of evaluations and of making members
+        give_back_memory()
         prepare, step = (self._prepare_on_gpu, self._step_on_gpu) if self._graphs else (self._shared_batch, self._step)
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             following, under_way = pool.submit(prepare, self.steps_done), []
@@ -106,6 +107,7 @@ class PackTrainer(Lockstep):
                     break
             for stepped in under_way:
                 stepped.result()
+        give_back_memory()
 
     def _shared_batch(self, step: int) -> SharedBatch:
         return self._share(self.cache.read(self.layer.geometry.layer, "train", self.sequences_of(step)))

@@ -12,6 +12,7 @@ import torch
 
 from qkmodel.activation_stream import StreamedActivations
 from qkmodel.activations import ActivationCache
+from qkmodel.allocator import give_back_memory, keep_freed_memory
 from qkmodel.attention import AttentionLayer
 from qkmodel.configs import TrainingConfig
 from qkmodel.lockstep import Lockstep
@@ -65,12 +66,15 @@ class MaskPackTrainer(Lockstep):
         `may_go_on` is asked before every step; a no leaves the members whole, after their last one.
         """
         last = min(self.steps_done + steps, self.steps_planned)
+        # of what streams its activations
+        keep_freed_memory()
         with self.pool() as pool:
             while self.steps_done < last and may_go_on():
                 batches = self._batches(self.steps_done)
                 for member in self.members:
                     member.step(batches[member.hyperparameters.dictionary], pool)
                 self.steps_done += 1
+        give_back_memory()
 
     def _batches(self, step: int) -> dict[str, Batch]:
         """For every dictionary that a member still masks."""

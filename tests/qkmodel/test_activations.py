@@ -62,12 +62,13 @@ class SmallModel:
                 inputs[layer] = x
         return inputs
 
-    def attention_inputs_of_batches(self, batches, layers, products, threads):
+    def attention_inputs_of_batches(self, batches, layers, products, threads, stored):
         assert products == torch.float32
         # ahead of what is asked for, as threads are
         under_way = deque()
         for batch in batches:
-            under_way.append(self.attention_inputs(batch, layers))
+            inputs = self.attention_inputs(batch, layers)
+            under_way.append({layer: x.to(stored) for layer, x in inputs.items()})
             if len(under_way) > 3:
                 yield under_way.popleft()
         yield from under_way
@@ -297,7 +298,7 @@ def test_every_field_of_the_key_names_another_folder():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"format_version": 99}', "format version 99, but this program reads version 1"), ("{", "not an activation")],
+    [('{"format_version": 99}', "format version 99, but this program reads version 2"), ("{", "not an activation")],
 )
 def test_an_unknown_manifest_is_refused_and_left_alone(tmp_path, content, message):
     path = tmp_path / key().folder_name / MANIFEST
@@ -392,6 +393,16 @@ def test_progress_counts_the_tokens_that_were_missing(tmp_path):
     assert {step.tokens_total for step in seen} == {128 * CONTEXT}
     assert seen[-1].seconds_left == 0
     assert seen[0].seconds_left == pytest.approx(seen[0].seconds)
+
+
+def test_a_shard_of_several_batches_has_them_in_their_order(tmp_path, monkeypatch):
+    whole = build(tmp_path / "whole", layers=[2, 4])
+    monkeypatch.setattr("qkmodel.activation_build.forward_sequences", lambda *_: 16)
+    parts = build(tmp_path / "parts", layers=[2, 4])
+    for layer in (2, 4):
+        for split, sequences in (("train", range(64)), ("validation", range(40))):
+            ours, theirs = (cache.read(layer, split, sequences) for cache in (parts, whole))
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
