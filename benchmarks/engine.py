@@ -85,7 +85,7 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
                     seconds.append(loops.submit(time_loop, name).result())
 
             kls = train(pack, parts, time_loops)
-        seconds, training_seconds = sum(parts.values()), sum(parts.values()) - evaluation_seconds(parts, cache)
+        seconds = sum(parts.values())
         speed = len(MEMBERS) * pack.tokens_done / seconds
         say(f"layer {layer}: engine {speed:,.0f} training-tokens/s; " + shares(parts))
         result = {
@@ -98,7 +98,9 @@ def measure(model: LanguageModel, layer: int, threads: int) -> dict[str, object]
             "cross_entropy_seconds": round(cross_entropy_seconds(model, pack), 1),
         }
         for name, of_loop in steps.items():
-            result[name] = loop_figures(pack.tokens_per_step, of_loop, speed, seconds / training_seconds)
+            result[name] = loop_figures(
+                pack.tokens_per_step, of_loop, speed, 1 - evaluation_seconds(parts, cache) / seconds
+            )
         for name in LOOPS:
             say(f"layer {layer}: {name} loop {result[name]}")
         say(
@@ -224,7 +226,7 @@ def evaluation_seconds(parts: dict[str, float], cache: ActivationCache) -> float
 
 
 def loop_figures(
-    tokens_per_step: int, seconds: Sequence[float], engine_speed: float, training_gain: float
+    tokens_per_step: int, seconds: Sequence[float], engine_speed: float, training_share: float
 ) -> dict[str, float]:
     step = median(seconds)
     speed = tokens_per_step / step
@@ -232,7 +234,7 @@ def loop_figures(
         "tokens_per_second": round(speed),
         "step_seconds": round(step, 4),
         "ratio": round(engine_speed / speed, 1),
-        "ratio_of_training": round(engine_speed * training_gain / speed, 1),
+        "ratio_of_training": round(engine_speed / training_share / speed, 1),
     }
 
 

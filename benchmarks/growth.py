@@ -2,7 +2,8 @@
 
 Times steps of packs of TopK 16 trainings on random inputs with SmolLM2's shapes (9 query heads, 3 key heads, d_head 64,
 d_model 576), 1,024 tokens a step and one thread where nothing else is said (of threads 8 members, of tokens 8 members
-on 2 threads), each point in a process of its own, whose peak memory above that of an idle one is taken. Three minutes.
+on 2 threads), in three intervals with an evaluation after each, which is not timed, each point in a process of its own,
+whose peak memory above that of an idle one is taken. Six minutes.
 The last line of standard output is JSON:
 
     {"dictionary_size": {"512": {"ms_per_member_step": …, "tokens_per_second": …, "peak_mb": …}, …}, "context": …, …}
@@ -23,12 +24,14 @@ from torch import Tensor
 
 from qkmodel.attention import AttentionGeometry, AttentionLayer
 from qkmodel.configs import TrainingConfig
+from qkmodel.evaluation import evaluate
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.pack import PackTrainer
 from qkmodel.pack_memory import LIBRARIES_BYTES, pack_bytes
+from qkmodel.pattern_comparison import EVALUATION_BATCH
 from qkmodel.reference import LayerReference
 
-TOKENS, STEPS = 1024, 6
+TOKENS, INTERVALS, STEPS = 1024, 3, 6
 POINTS = {
     "dictionary_size": [512, 1024, 2048, 4096, 8192, 16384],
     "context": [64, 128, 256, 512, 1024],
@@ -92,14 +95,19 @@ def measure(
     batch = tokens // context
     training = TrainingConfig(tokens=10**6, batch_sequences=batch)
     generator = torch.Generator().manual_seed(0)
-    activations = Activations(torch.randn(2 * batch, context, layer.geometry.d_model, generator=generator))
+    sequences = max(2 * batch, EVALUATION_BATCH)
+    activations = Activations(torch.randn(sequences, context, layer.geometry.d_model, generator=generator))
     if members == 0:
         return {"peak_mb": peak_mb()}
     pack = PackTrainer([training_of(dictionary_size)] * members, layer, activations, reference, training, 0, threads)
     pack.train(1)
-    started = time.perf_counter()
-    pack.train(STEPS)
-    step = (time.perf_counter() - started) / STEPS / members
+    seconds = 0.0
+    for _ in range(INTERVALS):
+        started = time.perf_counter()
+        pack.train(STEPS)
+        seconds += time.perf_counter() - started
+        evaluate([one.transcoder for one in pack.members], layer, activations, reference, EVALUATION_BATCH, threads)
+    step = seconds / INTERVALS / STEPS / members
     return {"ms_per_member_step": round(1e3 * step, 2), "tokens_per_second": round(tokens / step), "peak_mb": peak_mb()}
 
 

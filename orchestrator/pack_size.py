@@ -104,18 +104,29 @@ def memory_of_masks(
     )
 
 
-def check_memory(config: SweepConfig, size: int, needed: int) -> None:
+def check_memory(config: SweepConfig, model: ModelDescription, size: int, needed: int, streamed: bool) -> None:
     """Refuses packs of which not even one fits: it would end in the middle of a training. Raises InputError."""
     available = device_memory(config)
-    if needed > available:
-        smaller = "pair_mask.candidates" if config.task == "pair_mask" else "search.space.dictionary_size"
-        key = "pack" if size > 1 else smaller
-        raise InputError(
-            f"{key}: a pack of {size} takes about {_readable(needed)} of memory, and there are {_readable(available)}; "
-            "ask for "
-            + ("fewer trainings in a pack, or " if size > 1 else "")
-            + ("fewer candidates" if config.task == "pair_mask" else "smaller dictionaries or batches")
-        )
+    if needed <= available:
+        return
+    if config.task == "pair_mask":
+        key, smaller = "pair_mask.candidates", "fewer candidates"
+    elif _is_mostly_context(config, model, size, needed, streamed):
+        key, smaller = "corpus.context", "shorter sequences"
+    else:
+        key, smaller = "search.space.dictionary_size", "smaller dictionaries or batches"
+    if size > 1:
+        key, smaller = "pack", f"fewer trainings in a pack, or {smaller}"
+    raise InputError(
+        f"{key}: a pack of {size} takes about {_readable(needed)} of memory, and there are {_readable(available)}; "
+        f"ask for {smaller}"
+    )
+
+
+def _is_mostly_context(config: SweepConfig, model: ModelDescription, size: int, needed: int, streamed: bool) -> bool:
+    """Whether sequences of half the length would take less than half the memory."""
+    corpus = config.corpus.model_copy(update={"context": config.corpus.context // 2})
+    return memory_of_pack(config.model_copy(update={"corpus": corpus}), model, size, streamed) < needed / 2
 
 
 def _readable(size: int) -> str:

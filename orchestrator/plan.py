@@ -333,7 +333,7 @@ def make_plan(
     )
     plan.stored_cache.refresh()
     if plan.trainings_left and here:
-        check_memory(config, plan.pack_size, plan.pack_bytes)
+        check_memory(config, model, plan.pack_size, plan.pack_bytes, plan.streamed)
     if plan.trainings_left and plan.cached.missing_sequences([TOKENS], plan.sequences) > 0:
         # a sweep whose text is cached does without the hub
         require_corpus(config.corpus)

@@ -18,8 +18,7 @@ def keep_freed_memory() -> None:
     the memory of one that has ended, whatever either is for: without `give_back_memory` now and then a process grows.
 
     By default it gives tensors' pages back to the system, which zeroes new ones for the next tensors: an eighth of a
-    forward pass's time, a twentieth of a training step's at 1,024 features and a sixth at 8,192. Other C libraries are
-    left as they are.
+    forward pass's time, a few percent of a training step's. Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkmodel.activations import DTYPES, ActivationCache
+from qkmodel.allocator import give_back_memory
 from qkmodel.attention import AttentionLayer
 from qkmodel.pattern_comparison import PatternComparison, TrueBatch, patched_batches, validation_batches
 from qkmodel.reference import LayerReference
@@ -111,6 +112,8 @@ def evaluate_cross_entropy(
     0.01 nats: then the layer's pattern hardly matters and the ratio is noise. The model multiplies in the cache's
     product type, as it did for `ce_clean` and `ce_ablated`.
     """
+    # batches are gone, and their memory is wanted here
+    give_back_memory()
     totals, count = [0.0] * len(patterns), 0
     for numbers in patched_batches(cache, layer, sequences):
         tokens = cache.tokens("validation", numbers)

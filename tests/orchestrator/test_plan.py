@@ -142,6 +142,11 @@ def test_packs_shrink_to_what_memory_holds(tmp_path: Path, monkeypatch: pytest.M
         plan_of(file, *overrides, "pack=3")
 
 
+def test_a_context_too_long_for_memory_is_what_the_refusal_names(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"corpus\.context: a pack of 1 takes about .* ask for shorter sequences"):
+        plan_of(write_sweep(tmp_path), "corpus.context=8192", "training.tokens=600_000", "pack=1")
+
+
 def test_a_pack_that_runs_the_model_takes_its_weights_and_what_a_pass_takes(tmp_path: Path) -> None:
     file, context = write_sweep(tmp_path), 1024
     fixed = [f"corpus.context={context}", f"training.tokens={504 * context}", "pack=1"]
@@ -156,7 +161,7 @@ def test_a_pack_that_runs_the_model_takes_its_weights_and_what_a_pass_takes(tmp_
     # SmolLM2's 134.5 M weights, 9 heads and residual stream of 576; batches of 8 sequences, of which the model runs one
     weights, scores = 4 * 134.5e6, 4 * 9 * context**2
     assert streamed - trained > weights + 4 * scores + 4 * 8 * context * 576
-    # cross-entropies come when batches are gone, and take less than they did
+    # cross-entropies come when batches are gone, and take less than these
     assert weights <= patched - trained < 1.2 * weights
 
 

@@ -1,5 +1,6 @@
 """The model of a pack's memory against the tensors that it speaks of."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,36 @@ def test_a_pass_of_the_model_takes_what_is_reckoned(what: str, context: int, pro
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     # measured: 0.99 to 1.05 patched, 0.55 to 0.88 streamed
     assert (0.7 if what == "patched" else 0.45) < float(ran.stdout.splitlines()[-1]) < 1.15
+
+
+INTERVALS = """
+import re, resource, sys, torch
+from qkmodel.configs import TrainingConfig
+from qkmodel.hyperparameters import Hyperparameters
+from qkmodel.pack import PackTrainer
+sys.path.insert(0, "benchmarks")
+from growth import Activations, small_layer
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+torch.set_num_threads(1)
+layer, reference = small_layer()
+activations = Activations(torch.randn(16, 512, 576))
+member = Hyperparameters(dictionary_size=64, activation="topk", k=2, learning_rate=1e-3)
+pack = PackTrainer([member], layer, activations, reference, TrainingConfig(tokens=10**6, batch_sequences=8), 0, 1)
+pack.train(1)
+before = resident()
+pack.train(3)
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+print((resident() - before) / (peak - before))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
+def test_a_pack_gives_back_what_its_steps_took() -> None:
+    ran = subprocess.run([sys.executable, "-c", INTERVALS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 0.2
 
 
 def test_a_gpu_picks_features_out_of_dictionaries_up_to_some_size_only() -> None:
