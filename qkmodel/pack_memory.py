@@ -22,8 +22,8 @@ LASTING_BYTES = 14
 # For each weight while its member steps: a gradient in float32.
 STEP_BYTES = 4
 # For each pre-activation of a batch. Dense way: encoder's output, activation, penalty and the gradients of each, in
-# float32; sparse way: only the output, which is gone before there are gradients; on a GPU also activation and gradient.
-DENSE_BYTES, SPARSE_BYTES = 36, {"cpu": 4, "cuda": 12}
+# float32; sparse way: only the output, gone before there are gradients, or on a GPU both in bfloat16 (measured).
+DENSE_BYTES, SPARSE_BYTES = 36, 4
 # For each candidate pair of a dictionary: its number, its saliency, its key feature, and what sorting them takes; and
 # for each of a mask: itself, two moments, its sample and the gradients of each, in float32.
 CANDIDATE_BYTES, MASKED_BYTES = 40, 32
@@ -155,7 +155,7 @@ def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: in
         picked = ("topk", "batchtopk") if device == "cpu" else ("topk",)
         sparse = side.activation in picked and side.k <= SPARSE_SHARE * side.dictionary_size
         sparse &= device == "cpu" or side.dictionary_size <= MOST_ON_GPU
-        pre_activations = tokens * side.dictionary_size * (SPARSE_BYTES[device] if sparse else DENSE_BYTES)
+        pre_activations = tokens * side.dictionary_size * (SPARSE_BYTES if sparse else DENSE_BYTES)
         if sparse and device == "cpu":
             chosen_from = max(chosen_from, pre_activations)
         else:
