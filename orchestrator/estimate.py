@@ -11,6 +11,7 @@ from torch import Tensor
 from orchestrator.config import SweepConfig
 from orchestrator.late_checks import CheckedPlan, cache_threads
 from orchestrator.pack_size import geometry_of, kinds_of_training
+from orchestrator.packs.inputs import BRIEF_SEQUENCES
 from orchestrator.plan import SweepPlan
 from qkmodel.activation_request import MissingWork, missing_work, request_bytes
 from qkmodel.activations import DTYPES
@@ -38,8 +39,8 @@ class Estimate:
 
     Measured: one forward pass to the deepest layer, one through the whole model, and optimiser steps of the
     space's trainings on random activations of the right shape; on a GPU one after the other and launched kernel by
-    kernel, which takes some twice as long as a pack's graphs. Assumed: an evaluation batch costs what a step
-    costs, packs that run side by side do not slow each other down, and halving stops as many as it promises.
+    kernel, which takes some twice as long as a pack's graphs. Assumed: a sequence costs in evaluation what it costs
+    in a step, packs that run side by side do not slow each other down, and halving stops as many as it promises.
     """
 
     cache_bytes: int
@@ -78,22 +79,23 @@ def estimate(checked: CheckedPlan) -> Estimate:
         return Estimate(whole, missing, streamed, seconds, None, None)
     model = checked.load_model()
     forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, model)
-    steps = plan.tokens_per_training // (config.training.batch_sequences * config.corpus.context)
+    batch = config.training.batch_sequences
+    steps = plan.tokens_per_training // (batch * config.corpus.context)
     reports = -(-plan.tokens_per_training // (config.training.report_tokens or -(-config.training.tokens // 8))) - 1
-    evaluation_batches = plan.validation_sequences / EVALUATION_BATCH + reports
+    evaluated = plan.validation_sequences + reports * min(BRIEF_SEQUENCES, plan.validation_sequences)
     threads = 1 if plan.device == "cuda" else min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
     at_once = min(plan.slots, plan.packs) * threads
-    share = plan.trainings_left * plan.share_trained / at_once
-    if streamed:
-        shared_seconds += forward_seconds * config.training.batch_sequences
+    trainings_in_turn, packs_in_turn = plan.trainings_left * plan.share_trained / at_once, plan.packs / at_once
+    batch_seconds = trainings_in_turn * step_seconds + packs_in_turn * shared_seconds
+    streaming_seconds = packs_in_turn * forward_seconds * batch if streamed else 0.0
     return Estimate(
         cache_bytes=whole,
         cache=missing,
         streamed=streamed,
         cache_seconds=missing.sequences * forward_seconds / _passes_at_once(config, model),
-        training_seconds=steps * (share * step_seconds + plan.packs / at_once * shared_seconds),
-        evaluation_seconds=share
-        * (evaluation_batches * step_seconds + config.training.patched_sequences * whole_model_seconds),
+        training_seconds=steps * (batch_seconds + streaming_seconds),
+        evaluation_seconds=evaluated / batch * batch_seconds
+        + trainings_in_turn * config.training.patched_sequences * whole_model_seconds,
     )
 
 

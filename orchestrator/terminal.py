@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections import deque
+from itertools import pairwise
 from types import TracebackType
 from typing import Self
 
@@ -75,8 +76,12 @@ class LiveProgress:
         if done <= 0:
             return "measuring speed"
         since, tokens_then = self._seen[0]
-        rate = (tokens - tokens_then) / (now - since)
-        left = max(0, self._tokens_wanted - done) / rate
+        last = self._seen[-1][0]
+        # tokens come in leaps: only what has been waited for longer than for any leap before speaks of a lower speed
+        longest = max(later - earlier for (earlier, _), (later, _) in pairwise(self._seen))
+        waited = min(now - last, longest)
+        rate = (tokens - tokens_then) / (now - waited - since)
+        left = max(0.0, max(0, self._tokens_wanted - done) / rate - waited)
         return f"{done:,} of {self._tokens_wanted:,} training-tokens, {rate:,.0f}/s, about {duration(left)} left"
 
     @staticmethod
