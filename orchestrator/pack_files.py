@@ -1,5 +1,6 @@
 """The files that a pack reads and writes, wherever its sweep is kept."""
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -8,11 +9,12 @@ from typing import Self
 
 from torch import Tensor
 
-from orchestrator.pack_order import PackOrder
+from orchestrator.pack_order import PackOrder, dictionary_path
 from orchestrator.storage.bucket import Bucket
 from orchestrator.storage.opened import local_root, open_storage
 from orchestrator.storage.shared import SHARED, Storage, StorageGivesOut
 from qkmodel.activations import MANIFEST, ActivationCache
+from qkmodel.dictionary import CONFIG_FILE
 from qkmodel.files import user_cache_folder
 from qkmodel.node_copies import NodeCopies, Originals
 
@@ -48,6 +50,17 @@ class PackFiles:
         """Returns once what was written to `path` is in the storage; nothing else of it is left on this node."""
         self.storage.send(path, last)
         self.storage.release(path)
+
+    def drop_twins(self, training_id: str, sha256: str) -> None:
+        """Removes the same dictionary of the same training where an earlier start's worker wrote it.
+
+        Its driver was gone before it heard of it, so no ledger names it.
+        """
+        for start in range(1, self.order.start):
+            folder = self.order.sweep_folder / dictionary_path(start, training_id)
+            content = self.storage.read(folder / CONFIG_FILE)
+            if content is not None and hashlib.sha256(content).hexdigest() == sha256:
+                self.storage.remove(folder)
 
     def _copies(self) -> NodeCopies | None:
         order = self.order.copies

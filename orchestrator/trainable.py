@@ -179,6 +179,9 @@ class PackTrainable(tune.Trainable):
         folder = self._order.sweep_folder / where
         sha256 = self._pack.save(index, training_id, figures, folder)
         self._files.hand_over(folder, last=CONFIG_FILE)
+        if self._order.steps_done == self._trainer.steps_done:
+            # nothing was left to train: whoever wrote the last checkpoint may have got this far too
+            self._files.drop_twins(training_id, sha256)
         return report.model_copy(update={"dictionary": str(where), "dictionary_sha256": sha256})
 
     def _loaded_model(self) -> "LanguageModel":

@@ -34,10 +34,12 @@ def order(
     last_step: int = STEPS,
     streamed: bool = False,
     copies: CopiesOrder | None = None,
+    start: int = 1,
 ) -> dict[str, str]:
-    """The Tune configuration of a pack of TopK trainings with these learning rates; it may go on as a start's first."""
+    """The Tune configuration of a pack of TopK trainings with these learning rates; it goes on from the first start's
+    checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    grant(folder, 1)
+    grant(folder, start)
     members = tuple(
         MemberOrder(
             training_id=training_id,
@@ -48,7 +50,7 @@ def order(
     )
     pack = PackOrder(
         task="transcoder",
-        start=1,
+        start=start,
         pack_id="pack",
         members=members,
         steps_done=steps_done,
@@ -185,10 +187,16 @@ def test_two_checkpoints_are_kept_the_latest_with_its_report(world: SmallWorld, 
 
 
 def test_a_pack_killed_before_its_last_answer_still_finishes(world: SmallWorld, tmp_path: Path) -> None:
-    _, first = run(order(world, tmp_path, {"a": 1e-2}))
-    _, again = run(order(world, tmp_path, {"a": 1e-2}, steps_done=STEPS))
+    _, first = run(order(world, tmp_path, {"a": 1e-2, "b": 3e-3}))
+    written = tmp_path / dictionary_path(1, "b") / "config.json"
+    # another dictionary than this one by now
+    written.write_text(written.read_text() + " ")
+    _, again = run(order(world, tmp_path, {"a": 1e-2, "b": 3e-3}, steps_done=STEPS, start=3))
     assert len(again) == 1
     assert again[0]["a"].dictionary_sha256 == first[-1]["a"].dictionary_sha256
+    # what the first start's driver never heard of is not kept twice
+    assert sorted(path.name for path in (tmp_path / "dictionaries").iterdir()) == ["a-0003", "b-0001", "b-0003"]
+    load_dictionary(tmp_path / again[0]["a"].dictionary, again[0]["a"].dictionary_sha256)
 
 
 def test_a_diverging_member_leaves_and_the_others_do_not_notice(world: SmallWorld, tmp_path: Path) -> None:
