@@ -20,6 +20,9 @@ def main() -> None:
         sys.stdout.flush()
         # at once: taking the interpreter down takes seconds on a busy machine, and the ten are nearly over
         end_process(INTERRUPTED, 128 + next(iter(interruption.args), signal.SIGINT))
+    # all is done and said: what comes while the interpreter goes down must not make a failure of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)
 
 

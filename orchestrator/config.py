@@ -174,8 +174,9 @@ class SweepConfig(Schema):
         batch_tokens = self.training.batch_sequences * self.corpus.context
         if self.training.tokens < batch_tokens:
             raise InputError(
-                f"training.tokens: {self.training.tokens} is less than one batch; raise it to {batch_tokens} "
-                f"({self.training.batch_sequences} sequences of {self.corpus.context} tokens) or more"
+                f"training.tokens: {self.training.tokens} is less than one batch; raise it to {batch_tokens} or more, "
+                f"or lower training.batch_sequences ({self.training.batch_sequences}) or corpus.context "
+                f"({self.corpus.context})"
             )
         return self
 

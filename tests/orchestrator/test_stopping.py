@@ -37,3 +37,16 @@ def test_what_a_signal_does(tmp_path: Path, signals: list[tuple[int, float]], co
     words = [str(word) for number, pause in signals for word in (int(number), pause)]
     ran = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), *words], capture_output=True, text=True)
     assert ran.returncode == code and said in ran.stdout + ran.stderr
+
+
+def test_a_signal_after_all_is_said_changes_nothing() -> None:
+    script = """
+import atexit, os, signal, sys
+from orchestrator.__main__ import main
+for number in (signal.SIGINT, signal.SIGTERM):
+    atexit.register(os.kill, os.getpid(), number)
+sys.argv = ["orchestrate", "sweep", "--help"]
+main()
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "") and "Usage" in ran.stdout
