@@ -164,6 +164,9 @@ def main() -> None:
 
 
 def measure(world: World, kind: str, flops_per_second: float, bytes_per_second: float) -> dict[str, Any]:
+    # not the peak of the kind before
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     pack = PackTrainer([KINDS[kind]] * MEMBERS, world.layer, world.cache, world.reference, TRAINING, seed=0)
     pack.train(WARM_STEPS)
     stretches = sorted(seconds(lambda: pack.train(STEPS))[0] / STEPS for _ in range(STRETCHES))

@@ -1,5 +1,6 @@
 """The process `orchestrate`: what interrupts it, and with which exit code it ends."""
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -20,9 +21,10 @@ def main() -> None:
         sys.stdout.flush()
         # at once: taking the interpreter down takes seconds on a busy machine, and the ten are nearly over
         end_process(INTERRUPTED, 128 + next(iter(interruption.args), signal.SIGINT))
-    # all is done and said: what comes while the interpreter goes down must not make a failure of it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # all is done: a signal while the interpreter goes down ends it, and makes no failure of it
+    sys.stdout.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(code))
     sys.exit(code)
 
 

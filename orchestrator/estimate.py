@@ -21,7 +21,7 @@ from qkmodel.forward_batch import forward_sequences
 from qkmodel.language_model import LanguageModel
 from qkmodel.member import Member, SharedBatch
 from qkmodel.pack import shared_batch
-from qkmodel.pattern_comparison import EVALUATION_BATCH, patched_batch
+from qkmodel.pattern_comparison import evaluation_batch, patched_batch
 from qkmodel.products import product_dtype
 from qkmodel.reference import LayerReference
 
@@ -81,7 +81,7 @@ def estimate(checked: CheckedPlan) -> Estimate:
     forward_seconds, whole_model_seconds, shared_seconds, step_seconds = _measure(plan, model)
     batch = config.training.batch_sequences
     steps = plan.tokens_per_training // (batch * config.corpus.context)
-    reports = -(-plan.tokens_per_training // (config.training.report_tokens or -(-config.training.tokens // 8))) - 1
+    reports = -(-steps // config.training.report_steps(batch * config.corpus.context)) - 1
     evaluated = plan.validation_sequences + reports * min(BRIEF_SEQUENCES, plan.validation_sequences)
     threads = 1 if plan.device == "cuda" else min(max(1, int(config.resources.pack.cpu)), plan.pack_size)
     at_once = min(plan.slots, plan.packs) * threads
@@ -138,7 +138,7 @@ def _forward_seconds(plan: SweepPlan, model: LanguageModel) -> tuple[float, floa
 
     return (
         of_one_sequence(
-            forward_sequences(context, device, EVALUATION_BATCH),
+            forward_sequences(context, device, evaluation_batch(context)),
             lambda tokens: next(model.attention_inputs_of_batches([tokens], deepest, products)),
         ),
         of_one_sequence(patched_batch(context, device), lambda tokens: model.cross_entropy(tokens, products=products)),

@@ -20,7 +20,7 @@ from qkmodel.activations import TOKENS, ActivationCache, Manifest
 from qkmodel.attention_extraction import extract_attention_layer
 from qkmodel.corpus import BosChoice, TokenisedCorpus, tokenise
 from qkmodel.errors import InputError
-from qkmodel.reference import CACHE_CHECK_SEQUENCES, reference_path
+from qkmodel.reference import checked_sequences, reference_path
 
 if TYPE_CHECKING:
     from qkmodel.language_model import LanguageModel
@@ -149,7 +149,7 @@ def _has_reference(plan: SweepPlan, layer: int) -> bool:
 
 
 def _first_validation_sequences(plan: SweepPlan, read_corpus: CorpusReader) -> Int[Tensor, "batch context"]:
-    count = min(CACHE_CHECK_SEQUENCES, plan.validation_sequences)
+    count = checked_sequences(plan.config.corpus.context, plan.validation_sequences)
     if plan.cached.missing_sequences([TOKENS], {"train": 0, "validation": count}) > 0:
         return read_corpus(*plan.sequences_in_shards).validation[:count].long()
     cache = ActivationCache.open(plan.cache_root / plan.cache_key.folder_name, plan.stored_cache.copies)

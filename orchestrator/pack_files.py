@@ -52,14 +52,15 @@ class PackFiles:
         self.storage.release(path)
 
     def drop_twins(self, training_id: str, sha256: str) -> None:
-        """Removes the same dictionary of the same training where an earlier start's worker wrote it.
+        """Removes the same dictionary of the same training where an earlier start's worker wrote it, or part of it.
 
-        Its driver was gone before it heard of it, so no ledger names it.
+        Its driver was gone before it heard of it, so no ledger names it. Raises OSError.
         """
         for start in range(1, self.order.start):
             folder = self.order.sweep_folder / dictionary_path(start, training_id)
             content = self.storage.read(folder / CONFIG_FILE)
-            if content is not None and hashlib.sha256(content).hexdigest() == sha256:
+            # written last: without it there never was a dictionary
+            if content is None or hashlib.sha256(content).hexdigest() == sha256:
                 self.storage.remove(folder)
 
     def _copies(self) -> NodeCopies | None:

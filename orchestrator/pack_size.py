@@ -18,7 +18,7 @@ from qkmodel.errors import InputError
 from qkmodel.hyperparameters import Hyperparameters
 from qkmodel.model_description import ModelDescription
 from qkmodel.pack_memory import ModelUse, masks_bytes, pack_bytes
-from qkmodel.products import forward_products
+from qkmodel.products import forward_products, product_dtype
 
 # From here on what a pack shares is under a tenth of a step's cost (benchmarks/growth.py), and a larger pack would only
 # report and adapt later: a search that learns from results wants them early.
@@ -57,11 +57,12 @@ def memory_of_pack(config: SweepConfig, model: ModelDescription, size: int, stre
     """
     threads, batch = max(1, int(config.resources.pack.cpu)), config.training.batch_sequences
     geometry, device = geometry_of(model), "cuda" if config.resources.pack.gpu > 0 else "cpu"
+    products = product_dtype(config.training.precision, torch.device(device))
     patched = config.training.patched_sequences > 0
-    products = forward_products(config.activations.dtype)
-    use = ModelUse(model, products, streamed, patched) if streamed or patched else None
+    use = ModelUse(model, forward_products(config.activations.dtype), streamed, patched)
+    needed = use if streamed or patched else None
     return max(
-        pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads, device, use)
+        pack_bytes([kind] * size, geometry, batch, config.corpus.context, threads, device, needed, products)
         for kind in kinds_of_training(config.search.space)
     )
 

@@ -21,8 +21,8 @@ from orchestrator.tables import counted, duration, state_table
 from qkmodel.progress import TokenProgress
 
 LOG_SECONDS = 15.0
-# reports come in leaps, an eighth of a training each: shorter would jump
-RATE_SECONDS = 300.0
+# reports come in leaps, an eighth of a training each: over a shorter time, or fewer of them, speed would jump
+RATE_SECONDS, LEAPS = 300.0, 8
 # The process that draws is the one that hands out packs.
 READING_SHARE = 0.05
 
@@ -34,7 +34,7 @@ class LiveProgress:
         self._ledger = ledger
         self._studies = [study.study_id for study in plan.studies]
         self._tokens_before = self._tokens_done(study_statuses(ledger, self._studies))
-        # (moment, tokens done) at every change in the last RATE_SECONDS
+        # (moment, tokens done) at every change that speed is taken from
         self._seen = deque([(time.monotonic(), self._tokens_before)])
         unfinished = sum(training.tokens_done for study in plan.studies for training in study.unfinished)
         wanted = plan.trainings_left * plan.tokens_per_training * plan.share_trained
@@ -69,20 +69,22 @@ class LiveProgress:
         now, tokens = time.monotonic(), self._tokens_done(statuses)
         if tokens != self._seen[-1][1]:
             self._seen.append((now, tokens))
-        # two at least: reports of long trainings may be further apart than that
-        while len(self._seen) > 2 and self._seen[0][0] < now - RATE_SECONDS:
+        # reports of long trainings may be further apart than that, and those of several packs come close together
+        window = max(RATE_SECONDS, LEAPS * self._longest_leap())
+        while len(self._seen) > 2 and self._seen[1][0] < now - window:
             self._seen.popleft()
         done = tokens - self._tokens_before
         if done <= 0:
             return "measuring speed"
         since, tokens_then = self._seen[0]
-        last = self._seen[-1][0]
-        # tokens come in leaps: only what has been waited for longer than for any leap before speaks of a lower speed
-        longest = max(later - earlier for (earlier, _), (later, _) in pairwise(self._seen))
-        waited = min(now - last, longest)
+        # only what has been waited for longer than for any leap before speaks of a lower speed
+        waited = min(now - self._seen[-1][0], self._longest_leap())
         rate = (tokens - tokens_then) / (now - waited - since)
         left = max(0.0, max(0, self._tokens_wanted - done) / rate - waited)
         return f"{done:,} of {self._tokens_wanted:,} training-tokens, {rate:,.0f}/s, about {duration(left)} left"
+
+    def _longest_leap(self) -> float:
+        return max((later - earlier for (earlier, _), (later, _) in pairwise(self._seen)), default=0.0)
 
     @staticmethod
     def _tokens_done(statuses: list[StudyStatus]) -> int:

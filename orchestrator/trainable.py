@@ -1,5 +1,6 @@
 """The Ray Tune trainable that owns one pack, from its first batch to its members' dictionaries."""
 
+import contextlib
 import errno
 import logging
 import math
@@ -145,8 +146,7 @@ class PackTrainable(tune.Trainable):
 
     def _next_report(self) -> int:
         """The step after which members report: at every interval, at a rung and at the end."""
-        training, per_step, done = self._order.training, self._trainer.tokens_per_step, self._trainer.steps_done
-        interval = max(1, round((training.report_tokens or training.tokens / 8) / per_step))
+        interval, done = self._order.training.report_steps(self._trainer.tokens_per_step), self._trainer.steps_done
         return min(done + interval - done % interval, self._order.last_step)
 
     def _write_checkpoints(self) -> None:
@@ -181,7 +181,9 @@ class PackTrainable(tune.Trainable):
         self._files.hand_over(folder, last=CONFIG_FILE)
         if self._order.steps_done == self._trainer.steps_done:
             # nothing was left to train: whoever wrote the last checkpoint may have got this far too
-            self._files.drop_twins(training_id, sha256)
+            with contextlib.suppress(OSError):
+                # what is left there costs room, and no result
+                self._files.drop_twins(training_id, sha256)
         return report.model_copy(update={"dictionary": str(where), "dictionary_sha256": sha256})
 
     def _loaded_model(self) -> "LanguageModel":

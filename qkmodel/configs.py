@@ -104,6 +104,10 @@ class TrainingConfig(Schema):
     gradient_clip: Number | None = Field(default=None, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
+    def report_steps(self, tokens_per_step: int) -> int:
+        """Steps from one report to the next."""
+        return max(1, round((self.report_tokens or self.tokens / 8) / tokens_per_step))
+
     @property
     def patched_sequences(self) -> int:
         """Validation sequences on which the reconstructed pattern is patched into the model."""

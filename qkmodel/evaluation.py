@@ -42,7 +42,7 @@ def evaluate(
     sequences: int,
     threads: int = 1,
 ) -> list[dict[str, float]]:
-    """Metrics of each transcoder on the first `sequences` validation sequences, whose true side is made once for all.
+    """Metrics of each transcoder on the first `sequences` validation sequences.
 
     `kl`, `kl_head_00`…, `kl_query` (only queries reconstructed), `kl_key`, `kl_recovered`, their `_no_bos`
     forms, `top1`, `max_error`, `l0`, `l0_query`, `l0_key`, `dead_*`, `dense_*` (shares of features over

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from qkmodel.attention import AttentionGeometry
 from qkmodel.forward_batch import forward_sequences
 from qkmodel.hyperparameters import Hyperparameters, SideHyperparameters
+from qkmodel.kernels.pattern_comparison_plain import compared_sequences
 from qkmodel.kernels.pattern_kl_cpu import BLOCK_SCORES, blocks_of
 from qkmodel.model_description import ModelDescription
 from qkmodel.pack_graphs import STREAMS
-from qkmodel.pattern_comparison import EVALUATION_BATCH, patched_batch
+from qkmodel.pattern_comparison import evaluation_batch, patched_batch
 from qkmodel.sparse_code import SPARSE_SHARE
 from qkmodel.transcode import MOST_ON_GPU
 
@@ -22,12 +25,15 @@ LASTING_BYTES = 14
 # For each weight while its member steps: a gradient in float32.
 STEP_BYTES = 4
 # For each pre-activation of a batch. Dense way: encoder's output, activation, penalty and the gradients of each, in
-# float32; sparse way: only the output, gone before there are gradients, or on a GPU both in bfloat16 (measured).
+# float32; sparse way: only the output, which is gone before there are gradients. On a GPU, where graphs keep what they
+# use, that is in the products' type and twice (measured in bfloat16).
 DENSE_BYTES, SPARSE_BYTES = 36, 4
+SPARSE_ON_GPU = 2
 # For each candidate pair of a dictionary: its number, its saliency, its key feature, and what sorting them takes; and
 # for each of a mask: itself, two moments, its sample and the gradients of each, in float32.
 CANDIDATE_BYTES, MASKED_BYTES = 40, 32
-# On a GPU, in evaluation: for each score of a sequence, and for each feature of an evaluation's tokens, in float32.
+# On a GPU, in evaluation, in float32: for each score of the sequences that are compared together, and for each feature
+# of all its tokens.
 COMPARED_BYTES, INFERRED_BYTES = 80, 12
 # Two batches in use, the next one, and what making it takes.
 BATCHES = 6
@@ -62,18 +68,24 @@ def pack_bytes(
     threads: int,
     device: str = "cpu",
     use: ModelUse | None = None,
+    products: torch.dtype = torch.bfloat16,
 ) -> int:
     """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once.
+
+    `products` is the element type of the members' matrix products.
 
     On a GPU as many step at once as there are streams, and each stream keeps its memory during evaluation. On a CPU
     evaluation, in batches of its own size, is reckoned as steps of that size. Cross-entropies follow it.
     """
     forward = _forward_bytes(use.model, batch, context, device) if use is not None and use.streamed else 0
-    batch = max(batch, EVALUATION_BATCH)
+    batch = max(batch, evaluation_batch(context))
     lasting = sum(LASTING_BYTES * _parameters(member, geometry) for member in members)
-    steps = sorted((_step_bytes(member, geometry, batch * context, device) for member in members), reverse=True)
+    sparse_bytes = SPARSE_BYTES if device == "cpu" else SPARSE_ON_GPU * products.itemsize
+    steps = [_step_bytes(member, geometry, batch * context, device, sparse_bytes) for member in members]
     at_once = threads if device == "cpu" else STREAMS
-    training = sum(steps[:at_once]) + BATCHES * _shared_bytes(geometry, batch, context, device) + forward
+    training = (
+        sum(sorted(steps, reverse=True)[:at_once]) + BATCHES * _shared_bytes(geometry, batch, context, device) + forward
+    )
     if device == "cuda":
         training += sum(_evaluation_bytes(member, geometry, context) for member in members[:threads])
     patching = 0
@@ -149,13 +161,15 @@ def _parameters(member: Hyperparameters, geometry: AttentionGeometry) -> int:
     )
 
 
-def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: int, device: str) -> int:
+def _step_bytes(
+    member: Hyperparameters, geometry: AttentionGeometry, tokens: int, device: str, sparse_bytes: int
+) -> int:
     gradients, chosen_from, total = STEP_BYTES * _parameters(member, geometry), 0, 0
     for side, width in _sides(member, geometry):
         picked = ("topk", "batchtopk") if device == "cpu" else ("topk",)
         sparse = side.activation in picked and side.k <= SPARSE_SHARE * side.dictionary_size
         sparse &= device == "cpu" or side.dictionary_size <= MOST_ON_GPU
-        pre_activations = tokens * side.dictionary_size * (SPARSE_BYTES if sparse else DENSE_BYTES)
+        pre_activations = tokens * side.dictionary_size * (sparse_bytes if sparse else DENSE_BYTES)
         if sparse and device == "cpu":
             chosen_from = max(chosen_from, pre_activations)
         else:
@@ -166,9 +180,11 @@ def _step_bytes(member: Hyperparameters, geometry: AttentionGeometry, tokens: in
 
 
 def _evaluation_bytes(member: Hyperparameters, geometry: AttentionGeometry, context: int) -> int:
-    """Of a member on a GPU, where patterns of one sequence at a time are compared whole."""
+    """Of a member on a GPU, where patterns are compared whole."""
     features = max(side.dictionary_size for side, _ in _sides(member, geometry))
-    return COMPARED_BYTES * geometry.n_heads * context**2 + INFERRED_BYTES * EVALUATION_BATCH * context * features
+    batch = evaluation_batch(context)
+    compared = min(batch, compared_sequences(geometry.n_heads, context)) * geometry.n_heads * context**2
+    return COMPARED_BYTES * compared + INFERRED_BYTES * batch * context * features
 
 
 def _shared_bytes(geometry: AttentionGeometry, batch: int, context: int, device: str) -> int:

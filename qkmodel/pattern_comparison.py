@@ -20,24 +20,35 @@ from qkmodel.kernels.pattern_comparison_sums import FIRST_NO_BOS_ROW, RowSums
 from qkmodel.kernels.pattern_kl_terms import Keys, Queries, TruePattern
 from qkmodel.pattern_kl import true_pattern
 
-EVALUATION_BATCH = 8
+# Sequences of a batch, and its tokens where that is fewer: scores grow with the square of the context.
+_BATCH, _BATCH_TOKENS = 8, 8192
 TERMS = ("full", "query", "key")
 
 
 @dataclass(frozen=True)
 class TrueBatch:
-    """One validation batch's true side, shared by everything that is compared with it."""
+    """One validation batch's true side, shared by everything that is compared with it.
 
+    On a GPU there is no `pattern`: each comparison makes it again, a few sequences at a time.
+    """
+
+    layer: AttentionLayer
     x: Float[Tensor, "batch context d_model"]
-    pattern: TruePattern
+    pattern: TruePattern | None
+
+
+def evaluation_batch(context: int) -> int:
+    """Sequences that are compared together."""
+    return min(_BATCH, max(1, _BATCH_TOKENS // context))
 
 
 def validation_batches(cache: ActivationCache, layer: AttentionLayer, sequences: int) -> Iterator[TrueBatch]:
-    """The first `sequences` validation sequences in batches of `EVALUATION_BATCH`."""
-    for start in range(0, sequences, EVALUATION_BATCH):
-        numbers = range(start, min(start + EVALUATION_BATCH, sequences))
+    """The first `sequences` validation sequences in batches of `evaluation_batch`."""
+    size = evaluation_batch(cache.context)
+    for start in range(0, sequences, size):
+        numbers = range(start, min(start + size, sequences))
         x = cache.read(layer.geometry.layer, "validation", list(numbers)).to(layer.w_q.device)
-        yield TrueBatch(x, true_pattern(layer, *layer.project(x), torch.float32))
+        yield TrueBatch(layer, x, None if x.is_cuda else true_pattern(layer, *layer.project(x), torch.float32))
 
 
 def patched_batches(cache: ActivationCache, layer: AttentionLayer, sequences: int) -> Iterator[range]:
@@ -49,7 +60,8 @@ def patched_batches(cache: ActivationCache, layer: AttentionLayer, sequences: in
 
 def patched_batch(context: int, device: str) -> int:
     """Sequences that go through the whole model together, no more than are compared together."""
-    return min(EVALUATION_BATCH, forward_sequences(context, device, EVALUATION_BATCH))
+    together = evaluation_batch(context)
+    return min(together, forward_sequences(context, device, together))
 
 
 class PatternComparison:
@@ -62,10 +74,10 @@ class PatternComparison:
 
     def add(self, true: TrueBatch, q_hat: Queries, k_hat: Keys) -> None:
         """Takes in a batch of reconstructed queries and keys (before rotary)."""
-        if q_hat.device.type == "cpu":
+        if true.pattern is not None:
             pattern_comparison_cpu.add_rows(q_hat, k_hat, true.pattern, self._sums)
         else:
-            pattern_comparison_plain.add_rows(q_hat, k_hat, true.pattern.layer, true.x, self._sums)
+            pattern_comparison_plain.add_rows(q_hat, k_hat, true.layer, true.x, self._sums)
         batch, context, n_heads, _ = q_hat.shape
         self._rows_per_head += batch * context
         self._no_bos_rows += batch * n_heads * max(0, context - FIRST_NO_BOS_ROW)

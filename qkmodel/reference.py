@@ -18,7 +18,7 @@ from qkmodel.attention_extraction import extract_attention_layer
 from qkmodel.configs import TrainingConfig
 from qkmodel.data_order import sequences_per_epoch
 from qkmodel.errors import InputError
-from qkmodel.pattern_comparison import EVALUATION_BATCH, PatternComparison, patched_batches, validation_batches
+from qkmodel.pattern_comparison import PatternComparison, evaluation_batch, patched_batches, validation_batches
 from qkmodel.pattern_kl import row_kl
 from qkmodel.schema import Schema
 from qkmodel.tensor_file import UnknownFormat, read_tensor_file, write_tensor_file
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 MEANS = ("mean_input", "mean_query", "mean_key")
 # Sequences of the training split that means are taken over: more would not move them measurably.
 MEAN_SEQUENCES = 256
-# Validation sequences on which exact activations are compared with cached ones.
-CACHE_CHECK_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,11 @@ def reference_path(cache: ActivationCache, layer: int, training: TrainingConfig)
     return cache.folder / "reference" / f"{name}.safetensors"
 
 
+def checked_sequences(context: int, validation_sequences: int) -> int:
+    """On how many a layer's attention is proven, and exact activations are compared with cached ones."""
+    return min(evaluation_batch(context), validation_sequences)
+
+
 def ensure_reference(
     cache: ActivationCache, layer: int, training: TrainingConfig, load_model: "Callable[[], LanguageModel]"
 ) -> tuple[AttentionLayer, LayerReference]:
@@ -114,14 +117,14 @@ def load_reference(path: Path, device: torch.device | str = "cpu") -> tuple[Atte
 def _compute(
     cache: ActivationCache, layer: int, training: TrainingConfig, model: "LanguageModel"
 ) -> tuple[AttentionLayer, LayerReference]:
-    check = min(CACHE_CHECK_SEQUENCES, training.validation_sequences)
-    tokens = cache.tokens("validation", list(range(check)))
+    checked = range(checked_sequences(cache.context, training.validation_sequences))
+    tokens = cache.tokens("validation", list(checked))
     # what the cache holds is on the CPU, wherever the model is
     attention = extract_attention_layer(model, layer, tokens).cpu()
     mean_input, mean_query, mean_key, input_rms = _means(cache, attention, training)
     kl_baseline, kl_baseline_no_bos = _baselines(cache, attention, training.validation_sequences, mean_query, mean_key)
     exact = model.attention_inputs(tokens, [layer])[layer].cpu()
-    cached = cache.read(layer, "validation", list(range(check)))
+    cached = cache.read(layer, "validation", list(checked))
     log_p, log_p_cached = (attention.scores(*attention.project(x)).log_softmax(-1) for x in (exact, cached))
     ce_clean, ce_ablated = _cross_entropies(cache, attention, model, training.patched_sequences, mean_query, mean_key)
     kl_cache = row_kl(log_p, log_p_cached).double().mean().item()
@@ -135,8 +138,9 @@ def _means(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     sequences = min(MEAN_SEQUENCES, sequences_per_epoch(training, cache.context, cache.train_sequences_available))
     sums: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
-    for start in range(0, sequences, EVALUATION_BATCH):
-        x = cache.read(attention.geometry.layer, "train", list(range(start, min(start + EVALUATION_BATCH, sequences))))
+    size = evaluation_batch(cache.context)
+    for start in range(0, sequences, size):
+        x = cache.read(attention.geometry.layer, "train", list(range(start, min(start + size, sequences))))
         q, k = attention.project(x)
         for index, value in enumerate((x, q.flatten(-2), k.flatten(-2), x.square())):
             sums[index] = sums[index] + value.double().sum((0, 1))

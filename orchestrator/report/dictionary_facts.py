@@ -15,7 +15,7 @@ from orchestrator.storage.shared import SHARED, Storage
 from qkmodel.activations import ActivationCache
 from qkmodel.dictionary import Dictionary, load_dictionary
 from qkmodel.feature_activity import FeatureActivity, feature_activity
-from qkmodel.pattern_comparison import EVALUATION_BATCH
+from qkmodel.pattern_comparison import evaluation_batch
 
 SENTENCES = 3
 MOST_TOKENS = 40
@@ -85,7 +85,7 @@ def tokens_that_fit(n_heads: int, studies: int) -> int:
 
 
 def _batches(cache: ActivationCache, dictionary: Dictionary) -> Iterator[Float[Tensor, "batch context d_model"]]:
-    count = dictionary.config.training.validation_sequences
-    for start in range(0, count, EVALUATION_BATCH):
-        numbers = range(start, min(start + EVALUATION_BATCH, count))
+    count, size = dictionary.config.training.validation_sequences, evaluation_batch(cache.context)
+    for start in range(0, count, size):
+        numbers = range(start, min(start + size, count))
         yield cache.read(dictionary.config.model.layer, "validation", numbers)

@@ -1,5 +1,6 @@
 """What a person is told while trainings run."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,17 @@ def progress(tmp_path: Path, ledger: Ledger, clock: list[float]) -> LiveProgress
 
 def test_speed_is_that_of_the_last_minutes(ledger: Ledger, clock: list[float], progress: LiveProgress) -> None:
     assert progress.rate() == "measuring speed"
-    said = []
-    # a slow quarter of an hour, then a fast minute
-    for clock[0], tokens in [(1100.0, 100), (1800.0, 800), (1900.0, 900), (1930.0, 1500), (1960.0, 2100)]:
+    clock[0] += 100
+    ledger.report("one", 100, {}, seconds=1.0)
+    assert progress.rate() == "100 of 16,384 training-tokens, 1/s, about 4 h 31 min left"
+    tokens = 100
+    # a slow quarter of an hour, then five fast minutes
+    for seconds, gained in [(30, 30)] * 30 + [(30, 600)] * 10:
+        clock[0] += seconds
+        tokens += gained
         ledger.report("one", tokens, {}, seconds=1.0)
-        said.append(progress.rate())
-    assert said[0] == "100 of 16,384 training-tokens, 1/s, about 4 h 31 min left"
-    # 1,300 in the 160 s since the first change of the last five minutes
-    assert "8/s, " in said[-1] and "2,100 of" in said[-1], said
+        said = progress.rate()
+    assert said == "7,000 of 16,384 training-tokens, 18/s, about 8 min 34 s left"
 
 
 def test_the_time_left_falls_between_reports_and_rises_when_one_is_overdue(
@@ -58,5 +62,29 @@ def test_the_time_left_falls_between_reports_and_rises_when_one_is_overdue(
         said.append(progress.rate().partition("training-tokens, ")[2])
     # 14,384 at 10/s, of which 100 s are the next report's
     assert said[:2] == ["10/s, about 23 min 08 s left", "10/s, about 22 min 18 s left"]
-    # the last five minutes saw 1,000 in 250 s, and the wait
-    assert said[-1] == "4/s, about 58 min 16 s left"
+    # 2,000 in the 200 s before, and the 150 s that it is late
+    assert said[-1] == "6/s, about 40 min 17 s left"
+
+
+def test_packs_that_report_soon_after_each_other_and_then_not_for_long(
+    ledger: Ledger, clock: list[float], progress: LiveProgress
+) -> None:
+    study = ledger.trainings()[0].study_id
+    ledger.add_training(study, "two", POINT | {"k": 16}, 4096)
+    left = []
+    # ten tokens in 400 s each, or one in 20
+    for moment in range(5, 9000, 5):
+        clock[0] = 1000.0 + moment
+        for identifier, begun in (("one", 0), ("two", 10)):
+            if moment > begun and (moment - begun) % 400 == 0:
+                ledger.report(identifier, (moment - begun) // 40, {}, seconds=1.0)
+        said = progress.rate()
+        # a training's worth of reports
+        if moment > 8 * 400:
+            left.append((minutes(said), (20 * 16_384 - moment) / 60))
+    assert all(0.8 < told / true < 1.25 for told, true in left)
+
+
+def minutes(said: str) -> float:
+    hours, minutes = re.search(r"about (?:(\d+) h )?(\d+) min", said).groups()
+    return 60 * int(hours or 0) + int(minutes)

@@ -191,6 +191,10 @@ def test_a_pack_killed_before_its_last_answer_still_finishes(world: SmallWorld, 
     written = tmp_path / dictionary_path(1, "b") / "config.json"
     # another dictionary than this one by now
     written.write_text(written.read_text() + " ")
+    # and what a start in between had begun to write
+    begun = tmp_path / dictionary_path(2, "b") / "transcoder.safetensors"
+    begun.parent.mkdir()
+    begun.write_bytes(b"")
     _, again = run(order(world, tmp_path, {"a": 1e-2, "b": 3e-3}, steps_done=STEPS, start=3))
     assert len(again) == 1
     assert again[0]["a"].dictionary_sha256 == first[-1]["a"].dictionary_sha256

@@ -101,7 +101,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 torch.set_num_threads(1)
-layer, reference = small_layer()
+layer, reference = small_layer("cpu")
 activations = Activations(torch.randn(16, 512, 576))
 member = Hyperparameters(dictionary_size=64, activation="topk", k=2, learning_rate=1e-3)
 pack = PackTrainer([member], layer, activations, reference, TrainingConfig(tokens=10**6, batch_sequences=8), 0, 1)
@@ -122,11 +122,33 @@ def test_a_pack_gives_back_what_its_steps_took() -> None:
 def test_a_gpu_picks_features_out_of_dictionaries_up_to_some_size_only() -> None:
     geometry = random_layer(d_model=64).geometry
 
-    def bytes_of(features: int, **kind: object) -> int:
+    def bytes_of(features: int, products: torch.dtype = torch.bfloat16, **kind: object) -> int:
         member = Hyperparameters(dictionary_size=features, learning_rate=1e-3, **kind)
-        return pack_bytes([member], geometry, batch=32, context=256, threads=1, device="cuda")
+        return pack_bytes([member], geometry, 32, 256, 1, "cuda", products=products)
 
     relu = {"activation": "relu", "penalty": "l1", "sparsity_coefficient": 1e-3}
     topk = {"activation": "topk", "k": 16}
     assert bytes_of(MOST_ON_GPU, **topk) < bytes_of(MOST_ON_GPU, **relu) / 2
     assert bytes_of(2 * MOST_ON_GPU, **topk) == bytes_of(2 * MOST_ON_GPU, **relu)
+    # of both sides' pre-activations once more
+    more = bytes_of(MOST_ON_GPU, torch.float32, **topk) - bytes_of(MOST_ON_GPU, **topk)
+    assert more == 2 * 4 * 32 * 256 * MOST_ON_GPU
+
+
+@pytest.mark.parametrize(
+    ("features", "context", "members", "measured_mb"),
+    [
+        (512, 128, 8, 2160.9),
+        (4096, 128, 8, 3769.4),
+        (16384, 128, 8, 9356.2),
+        (1024, 64, 8, 2374.8),
+        (1024, 1024, 8, 2890.7),
+        (1024, 128, 1, 1563.2),
+    ],
+)
+def test_what_packs_took_on_an_h200(features: int, context: int, members: int, measured_mb: float) -> None:
+    """Peaks of `benchmarks/growth.py --device cuda`, with SmolLM2's shapes and 8,192 tokens a step."""
+    geometry = random_layer(d_model=576, n_heads=9, n_kv_heads=3, d_head=64, rotary_dim=64).geometry
+    member = Hyperparameters(dictionary_size=features, activation="topk", k=16, learning_rate=1e-3)
+    modelled = pack_bytes([member] * members, geometry, 8192 // context, context, 1, "cuda")
+    assert 1.0 < modelled / 1e6 / measured_mb < 1.2
