@@ -112,6 +112,11 @@ def train_packs(plan: SweepPlan, queue: PackQueue, start: int) -> str | None:
     return stopping.budget_line or queue.token_line
 
 
+def clear_scratch(sweep_folder: Path) -> None:
+    """Where nothing is left to train: what a killed driver left."""
+    shutil.rmtree(sweep_folder / SCRATCH_FOLDER, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """An empty folder for what Tune writes and nobody reads."""

@@ -22,7 +22,7 @@ from orchestrator.ledger_place import is_begun, place_of
 from orchestrator.opening_token import keep_opening_token
 from orchestrator.pack_order import BucketOrder, CopiesOrder, PackOrder
 from orchestrator.pack_queue import PackQueue, QueueSettings, StudyWork, history
-from orchestrator.packs_on_ray import train_packs
+from orchestrator.packs_on_ray import clear_scratch, train_packs
 from orchestrator.pareto import MAX_L0_SHARE
 from orchestrator.permit import grant
 from orchestrator.plan import SweepPlan, make_plan
@@ -176,6 +176,8 @@ def _run_leased(
             queue = PackQueue(ledger, works, Checkpoints(plan.folder, plan.storage), _queue_settings(plan), budget)
             view.training_started(plan, ledger)
             budget_line = train_packs(plan, queue, start)
+        else:
+            clear_scratch(plan.folder)
         is_interrupted = False
     finally:
         try:

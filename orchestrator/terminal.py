@@ -81,7 +81,9 @@ class LiveProgress:
         waited = min(now - self._seen[-1][0], self._longest_leap())
         rate = (tokens - tokens_then) / (now - waited - since)
         left = max(0.0, max(0, self._tokens_wanted - done) / rate - waited)
-        return f"{done:,} of {self._tokens_wanted:,} training-tokens, {rate:,.0f}/s, about {duration(left)} left"
+        said = f"{done:,} of {self._tokens_wanted:,} training-tokens, {rate:,.0f}/s"
+        # final metrics count no tokens
+        return f"{said}, about {duration(left)} left" if left >= 1 else f"{said}, the next report is due"
 
     def _longest_leap(self) -> float:
         return max((later - earlier for (earlier, _), (later, _) in pairwise(self._seen)), default=0.0)

@@ -99,6 +99,9 @@ def _real_path(location: Sequence[str | int], data: object) -> tuple[str | int, 
     """Pydantic's location without the names of union branches that it puts between keys."""
     path: list[str | int] = []
     node: Any = data
+    if "[key]" in location:
+        # what follows is which of several kinds of key it is not
+        location = location[: location.index("[key]")]
     for position, part in enumerate(location):
         if _holds(node, part):
             node = node[part]

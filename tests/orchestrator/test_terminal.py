@@ -66,6 +66,14 @@ def test_the_time_left_falls_between_reports_and_rises_when_one_is_overdue(
     assert said[-1] == "6/s, about 40 min 17 s left"
 
 
+def test_final_metrics_are_no_time_of_nothing(ledger: Ledger, clock: list[float], progress: LiveProgress) -> None:
+    for later, tokens in ((100, 16_000), (50, 16_000)):
+        clock[0] += later
+        ledger.report("one", tokens, {}, seconds=1.0)
+        said = progress.rate()
+    assert said == "16,000 of 16,384 training-tokens, 160/s, the next report is due"
+
+
 def test_packs_that_report_soon_after_each_other_and_then_not_for_long(
     ledger: Ledger, clock: list[float], progress: LiveProgress
 ) -> None:

@@ -187,7 +187,8 @@ def first(sweep: Sweep) -> Snapshot:
 
 @pytest.fixture(scope="module")
 def second(sweep: Sweep, first: Snapshot) -> Snapshot:
-    """The same file again."""
+    """The same file again, after what a driver leaves that was killed once all was trained."""
+    (sweep.storage / "first" / ".tune").mkdir()
     return sweep.sweep()
 
 
@@ -243,11 +244,12 @@ def test_fronts_name_what_was_found(sweep: Sweep, first: Snapshot) -> None:
     assert json.loads(sweep.run("fronts", str(sweep.storage / "first"), "--json")[0])["sweep"] == "first"
 
 
-def test_nothing_is_left_to_do_the_second_time(first: Snapshot, second: Snapshot) -> None:
+def test_nothing_is_left_to_do_the_second_time(sweep: Sweep, first: Snapshot, second: Snapshot) -> None:
     assert "nothing left to do" in second.messages and "nothing left to do" not in first.messages
     assert second.trainings == first.trainings
     assert (second.fronts, second.status) == (first.fronts, first.status)
     assert second.tracked.steps == first.tracked.steps
+    assert not (sweep.storage / "first" / ".tune").exists()
 
 
 def test_mlflow_holds_a_parent_and_a_child_per_training(first: Snapshot) -> None:
