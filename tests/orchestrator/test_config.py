@@ -615,6 +615,7 @@ def test_composing_leaves_no_hydra_state_and_creates_nothing(good: Path, monkeyp
     [
         ("halving={eta: 3, rung: [4096]}", "halving.rung: is no key here; did you mean rungs?"),
         ("search.constraints={l0: {maximum: 5}}", "search.constraints.l0.maximum: is no key here; did you mean max?"),
+        ("search.constraints={kll: {max: 5}}", 'search.constraints.kll: "kll" is unknown; did you mean kl?'),
     ],
 )
 def test_a_key_within_a_mapping_is_compared_with_the_keys_of_that_mapping(good: Path, override: str, said: str) -> None:
