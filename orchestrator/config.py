@@ -170,17 +170,6 @@ class SweepConfig(Schema):
         return self
 
     @model_validator(mode="after")
-    def _at_least_one_step(self) -> Self:
-        batch_tokens = self.training.batch_sequences * self.corpus.context
-        if self.training.tokens < batch_tokens:
-            raise InputError(
-                f"training.tokens: {self.training.tokens} is less than one batch; raise it to {batch_tokens} or more, "
-                f"or lower training.batch_sequences ({self.training.batch_sequences}) or corpus.context "
-                f"({self.corpus.context})"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _rungs_within_a_training(self) -> Self:
         rungs = self.halving.rungs if isinstance(self.halving, HalvingConfig) else None
         per_step = self.training.batch_sequences * self.corpus.context

@@ -37,7 +37,7 @@ def machine_gpus() -> int:
 
 
 def check_model(config: SweepConfig, model: ModelDescription) -> None:
-    """Refuses layers and contexts that the model does not have."""
+    """Refuses layers and contexts that the model does not have, and trainings shorter than a batch of such contexts."""
     for layer in config.layers:
         if layer >= model.n_layers:
             raise InputError(
@@ -47,6 +47,12 @@ def check_model(config: SweepConfig, model: ModelDescription) -> None:
         raise InputError(
             f"corpus.context: {config.corpus.context} is more than {config.model.name} can read; "
             f"at most {model.max_context}"
+        )
+    training, batch_tokens = config.training, config.training.batch_sequences * config.corpus.context
+    if training.tokens < batch_tokens:
+        raise InputError(
+            f"training.tokens: {training.tokens} is less than one batch; raise it to {batch_tokens} or more, or lower "
+            f"training.batch_sequences ({training.batch_sequences}) or corpus.context ({config.corpus.context})"
         )
 
 

@@ -248,6 +248,11 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "unknown model": ({"model": "smollm2-136m"}, [], ["model.name smollm2-136m", "did you mean smollm2-135m?"]),
     "missing corpus": ({"corpus": {"name": "./text.txt"}}, [], ["corpus.name", "./text.txt", "no such file"]),
     "layer twice": ({"layers": [1, 1]}, [], ["layers: [1, 1]", "keep one"]),
+    "longer than the model reads": (
+        {},
+        ["corpus.context=8193"],
+        ["corpus.context: 8193", "smollm2-135m", "at most 8192"],
+    ),
     "less than a batch": ({}, ["training.tokens=1000"], ["training.tokens: 1000", "1024", "or more"]),
     "name of a folder above": ({"name": "../up"}, [], ["name", '"../up"', "letters, digits"]),
     "misspelt key": ({"layer": [1]}, [], ["layer: is no key here", "did you mean layers?"]),

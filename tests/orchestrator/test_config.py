@@ -111,7 +111,6 @@ BROKEN_VALUES = {
     "a layer in quotes": ("[4, 8]", '["4", 8]', ["layers[0]", '"4"', "leave the quotes out"]),
     "zero tokens": ("10_000", "0", ["training.tokens", "0", "greater than 0"]),
     "infinite tokens": ("10_000", ".inf", ["training.tokens", "finite"]),
-    "less than a batch": ("10_000", "255", ["training.tokens", "255", "256"]),
     "nothing in a block": ("{tokens: 10_000, batch_sequences: 4}", "", ["training", "null", "mapping"]),
     "report beyond the end": ("tokens: 10_000", "tokens: 9_000, report_tokens: 9_001", ["training", "9001", "9000"]),
     "one layer without brackets": ("[4, 8]", "8", ["layers", "8", "list, in brackets", "[8]"]),
