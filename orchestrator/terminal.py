@@ -80,8 +80,10 @@ class LiveProgress:
         # only what has been waited for longer than for any leap before speaks of a lower speed
         waited = min(now - self._seen[-1][0], self._longest_leap())
         rate = (tokens - tokens_then) / (now - waited - since)
-        left = max(0.0, max(0, self._tokens_wanted - done) / rate - waited)
         said = f"{done:,} of {self._tokens_wanted:,} training-tokens, {rate:,.0f}/s"
+        if done >= self._tokens_wanted:
+            return said
+        left = (self._tokens_wanted - done) / rate - waited
         # final metrics count no tokens
         return f"{said}, about {duration(left)} left" if left >= 1 else f"{said}, the next report is due"
 

@@ -72,6 +72,8 @@ def test_final_metrics_are_no_time_of_nothing(ledger: Ledger, clock: list[float]
         ledger.report("one", tokens, {}, seconds=1.0)
         said = progress.rate()
     assert said == "16,000 of 16,384 training-tokens, 160/s, the next report is due"
+    ledger.report("one", 16_384, {}, seconds=1.0)
+    assert progress.rate() == "16,384 of 16,384 training-tokens, 109/s"
 
 
 def test_packs_that_report_soon_after_each_other_and_then_not_for_long(
