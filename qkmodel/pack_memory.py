@@ -51,7 +51,9 @@ HIDDEN_BYTES, SCORE_BYTES = 40, 16
 class ModelUse:
     """What a pack runs the language model for: the activations it trains on, cross-entropies at the end, or both.
 
-    `products` is the element type of the model's matrix products.
+    `products` is the element type of the members' matrix products; `use` says what the model is run for, if it is.
+    On a GPU as many step at once as there are streams, and each stream keeps its memory during evaluation. On a CPU
+    evaluation, in batches of its own size, is reckoned as steps of that size. Cross-entropies follow it.
     """
 
     model: ModelDescription
@@ -72,8 +74,7 @@ def pack_bytes(
 ) -> int:
     """Bytes of a process that trains these members on batches of `batch` sequences, `threads` stepping at once.
 
-    `products` is the element type of the members' matrix products.
-
+    `products` is the element type of the members' matrix products; `use` says what the model is run for, if it is.
     On a GPU as many step at once as there are streams, and each stream keeps its memory during evaluation. On a CPU
     evaluation, in batches of its own size, is reckoned as steps of that size. Cross-entropies follow it.
     """

@@ -142,7 +142,10 @@ def test_packs_shrink_to_what_memory_holds(tmp_path: Path, monkeypatch: pytest.M
         plan_of(file, *overrides, "pack=3")
 
 
-def test_a_context_too_long_for_memory_is_what_the_refusal_names(tmp_path: Path) -> None:
+def test_a_context_too_long_for_memory_is_what_the_refusal_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.pack_size.device_memory", lambda config: 24 * 10**9)
     with pytest.raises(InputError, match=r"corpus\.context: a pack of 1 takes about .* ask for shorter sequences"):
         plan_of(write_sweep(tmp_path), "corpus.context=8192", "training.tokens=600_000", "pack=1")
 
